@@ -1,0 +1,1 @@
+"""Packaged configs: ``lightning predict --config NAME.yaml`` finds them in any folder."""

@@ -1,0 +1,258 @@
+"""Shards made: the official layout of a data set becomes webdataset tars and a ``dataset.json``.
+
+A data set's file says which samples there are and how one is read; everything else (splitting into
+shards, worker processes, resuming, checksums, reporting) is here, once for all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+from webdataset import TarWriter
+
+from datamodules._tar import BadSample
+from datamodules.samples import VOID, DatasetInfo
+from datamodules.shards import read_dataset_json
+
+Members = dict[str, str | bytes]
+
+
+class SourceError(Exception):
+    """The source folder isn't what was expected; the message shows both."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The samples of a data set as its official layout holds them.
+
+    Args:
+        info: the data set.
+        split: name of the split.
+        items: what ``read`` needs for each sample, in order; picklable, with a stable repr.
+        read: members (name -> bytes) of one sample, ``__key__`` among them as text; raises for a
+            sample that can't be used.
+        bad: samples known to be unusable before any was read, as (key, reason).
+        extra: further facts for ``dataset.json``.
+    """
+
+    info: DatasetInfo
+    split: str
+    items: Sequence[Any]
+    read: Callable[[Any], Members]
+    bad: tuple[tuple[str, str], ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """What ``dataset.json`` says of one shard; ``source`` identifies the samples it was made from."""
+
+    name: str
+    samples: int
+    sha256: str
+    source: str
+    bad: tuple[tuple[str, str], ...]
+
+
+def write_shards(
+    source: Source, output: Path, *, shard_size: int = 500, workers: int | None = None
+) -> dict[str, Any]:
+    """Write all shards that are not there yet, then ``dataset.json``; returns what that holds.
+
+    A shard gets its final name only when it is complete, so a killed conversion is resumed by
+    running it again. Bad samples are left out, counted and listed.
+
+    Raises:
+        SourceError: the output folder holds shards of another data set or split.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    before = read_dataset_json(output)
+    if before and (before.get("dataset"), before.get("split")) != (source.info.name, source.split):
+        raise SourceError(
+            f"{output} holds shards of {before.get('dataset')} {before.get('split')}, not of "
+            f"{source.info.name} {source.split}: choose another --output"
+        )
+    groups = [source.items[i : i + shard_size] for i in range(0, len(source.items), shard_size)]
+    done: dict[str, ShardFacts] = {}
+    todo: list[tuple[str, Sequence[Any]]] = []
+    for number, group in enumerate(groups):
+        name = f"{number:06d}.tar"
+        facts = _finished(output, name, _identity(source, group))
+        if facts:
+            done[name] = facts
+        else:
+            todo.append((name, group))
+    for stale in {p.name for p in output.glob("[0-9]*.tar")} - {
+        f"{i:06d}.tar" for i in range(len(groups))
+    }:
+        (output / stale).unlink()
+        (output / f"{stale}.json").unlink(missing_ok=True)
+    for partial in output.glob("*.partial"):
+        partial.unlink()
+    workers = min(workers or os.cpu_count() or 1, max(len(todo), 1))
+    with tqdm(total=len(source.items), unit="sample", disable=None, file=sys.stderr) as bar:
+        bar.update(sum(len(g) for i, g in enumerate(groups) if f"{i:06d}.tar" in done))
+        if workers <= 1:
+            for name, group in todo:
+                done[name] = _write_shard(source, output, name, group)
+                bar.update(len(group))
+        else:
+            with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+                futures = {
+                    pool.submit(_write_shard, _without_items(source), output, n, g): g
+                    for n, g in todo
+                }
+                for future in as_completed(futures):
+                    done[future.result().name] = future.result()
+                    bar.update(len(futures[future]))
+    shards = [done[name] for name in sorted(done)]
+    described = {
+        "dataset": source.info.name,
+        "split": source.split,
+        "classes": list(source.info.classes),
+        "palette": [list(colour) for colour in source.info.palette],
+        "background": source.info.background,
+        "samples": sum(s.samples for s in shards),
+        **source.extra,
+        "shards": [{k: v for k, v in asdict(s).items() if k != "bad"} for s in shards],
+        "bad": [list(b) for b in (*source.bad, *(b for s in shards for b in s.bad))],
+    }
+    _publish(output / "dataset.json", json.dumps(described, indent=1).encode())
+    return described
+
+
+def _write_shard(source: Source, output: Path, name: str, items: Sequence[Any]) -> ShardFacts:
+    partial = output / f"{name}.{os.getpid()}.partial"
+    bad: list[tuple[str, str]] = []
+    samples = 0
+    with open(partial, "wb") as file:
+        with TarWriter(file, encoder=False, mtime=0, user="root", group="root") as tar:
+            for item in items:
+                try:
+                    members = source.read(item)
+                except BadSample as error:
+                    bad.append((_item_key(item), str(error)))
+                except Exception as error:  # any broken file of a large set must not end the run
+                    bad.append((_item_key(item), f"{type(error).__name__}: {error}"[:500]))
+                else:
+                    tar.write(members)
+                    samples += 1
+        file.flush()
+        os.fsync(file.fileno())
+    facts = ShardFacts(name, samples, sha256_of(partial), _identity(source, items), tuple(bad))
+    _publish(output / f"{name}.json", json.dumps(asdict(facts)).encode())
+    partial.replace(output / name)
+    return facts
+
+
+def _finished(output: Path, name: str, identity: str) -> ShardFacts | None:
+    """What a complete shard of the same samples says of itself, if it is there."""
+    beside = output / f"{name}.json"
+    if not (output / name).exists() or not beside.exists():
+        return None
+    facts = json.loads(beside.read_text())
+    if facts["source"] != identity or sha256_of(output / name) != facts["sha256"]:
+        return None
+    return ShardFacts(**{**facts, "bad": tuple((k, r) for k, r in facts["bad"])})
+
+
+def _identity(source: Source, items: Sequence[Any]) -> str:
+    text = repr((source.info.name, source.split, [str(item) for item in items]))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _item_key(item: Any) -> str:
+    return str(item[0] if isinstance(item, tuple) else item)
+
+
+def _without_items(source: Source) -> Source:
+    # each worker gets its shard's items; sending it all of them would cost more than the work
+    return Source(source.info, source.split, (), source.read)
+
+
+def _publish(path: Path, data: bytes) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
+def sha256_of(path: Path) -> str:
+    """Checksum of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sample_members(info: DatasetInfo, image_id: str, image: Path, label: np.ndarray) -> Members:
+    """Members of a sample with a label map [H,W] of label values.
+
+    Raises:
+        BadSample: the sizes differ, or a label is out of range.
+    """
+    with Image.open(image) as picture:
+        width, height = picture.size
+        picture.load()
+    if label.shape != (height, width):
+        raise BadSample(
+            f"mask is {label.shape[1]}x{label.shape[0]}, image {image} is {width}x{height}"
+        )
+    values = [int(v) for v in np.unique(label) if v != VOID]
+    first, top = info.label_value(0), info.label_value(len(info.classes) - 1)
+    if any(v > top for v in values):
+        raise BadSample(f"label value {max(values)} is above {top}")
+    record = {
+        "id": image_id,
+        "width": width,
+        "height": height,
+        "positives": [v - first for v in values if v >= first],
+    }
+    return {
+        "__key__": image_id.replace(".", "_"),  # webdataset ends a key at its first dot
+        image.suffix[1:].lower(): image.read_bytes(),
+        "label.png": png_bytes(label, info.flat_palette()),
+        "json": json_bytes(record),
+    }
+
+
+def png_bytes(indices: np.ndarray, palette: list[int]) -> bytes:
+    """Palette PNG of label values [H,W] uint8."""
+    image = Image.fromarray(indices)
+    image.putpalette(palette)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def json_bytes(record: dict[str, Any]) -> bytes:
+    """A sample's json member."""
+    return json.dumps(record, ensure_ascii=False).encode()
+
+
+def need_folder(folder: Path, layout: str) -> None:
+    """Check that ``folder`` exists.
+
+    Raises:
+        SourceError: it doesn't; shows the expected ``layout`` and what is found instead.
+    """
+    if folder.exists():
+        return
+    nearest = next(p for p in folder.parents if p.exists())
+    found = ", ".join(sorted(p.name for p in nearest.iterdir())[:12]) or "nothing"
+    raise SourceError(
+        f"{folder} does not exist.\nExpected --source to hold:\n{layout}\nFound in {nearest}: {found}"
+    )

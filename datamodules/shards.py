@@ -1,0 +1,297 @@
+"""Shards in: a list of webdataset tars becomes batches, each of one shard, in a fixed order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from glob import escape, glob
+from pathlib import Path
+from typing import Any, Literal
+
+from braceexpand import braceexpand
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from datamodules._decode import MAX_PIXELS, Decoder
+from datamodules._remote import Spool, is_remote
+from datamodules._tar import BadSample, Entry, ShardError, index_shard
+from datamodules.samples import Batch, DatasetInfo, Sample, SampleError
+
+
+class ShardStream(IterableDataset[Batch]):
+    """Batches of the given shards, shard after shard.
+
+    A batch is ``batch_size`` consecutive samples of one shard, so it depends on the shard alone. The
+    loader workers of a rank take turns batch by batch (worker ``w`` of ``W`` makes batches ``w``,
+    ``w + W``, ...): the DataLoader hands them out in the same order as one process would, and even
+    a single shard keeps all workers busy. Every worker reads the headers of every shard, but only the
+    bytes of its own batches.
+
+    Args:
+        shards: (name, path or URL) of each shard of this rank.
+        batch_size: samples a batch.
+        decoder: makes a sample of a shard's entry.
+        spool: fetches remote shards.
+    """
+
+    def __init__(
+        self, shards: list[tuple[str, str]], batch_size: int, decoder: Decoder, spool: Spool
+    ) -> None:
+        super().__init__()
+        self.shards = shards
+        self.batch_size = batch_size
+        self.decoder = decoder
+        self.spool = spool
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        turn, turns = (worker.id, worker.num_workers) if worker else (0, 1)
+        position = 0
+        for name, url in self.shards:
+            try:
+                with self.spool.local(url) as path:
+                    entries = index_shard(path)
+                    for start in range(0, len(entries), self.batch_size) or range(1):
+                        if position % turns == turn:
+                            yield self._batch(name, str(path), entries, start)
+                        position += 1
+            except ShardError as error:
+                if position % turns == turn:
+                    errors = [SampleError(name, "", str(error))]
+                    yield Batch.collate(name, 0, 0, [], errors)
+                position += 1
+
+    def _batch(self, name: str, path: str, entries: list[Entry], start: int) -> Batch:
+        samples: list[Sample] = []
+        errors: list[SampleError] = []
+        for entry in entries[start : start + self.batch_size]:
+            try:
+                samples.append(self.decoder(path, entry))
+            except BadSample as error:
+                errors.append(SampleError(name, entry.key, str(error)))
+            except Exception as error:  # a stranger's bytes may break any decoder in any way
+                reason = f"{type(error).__name__}: {error}"
+                errors.append(SampleError(name, entry.key, reason[:500]))
+        return Batch.collate(name, start, len(entries), samples, errors)
+
+
+class ShardDataModule(LightningDataModule):
+    """Streams the shards of one data set; a subclass names the data set.
+
+    Args:
+        shards: a folder of ``*.tar``, a pattern (``shards/{000000..000007}.tar``, ``shards/*.tar``), a
+            URL (http(s), s3, gs: what webdataset opens), or a list of these.
+        batch_size: images a batch.
+        num_workers: loader processes of each rank; by default the cores of this machine shared among
+            its ranks, at most 8.
+        image_size: side, or (height, width), to which images are squashed; by default the model's own.
+        names: words to use for the classes instead of the data set's own, in the same order.
+        on_error: ``skip`` lists a bad sample in ``errors.jsonl`` and goes on, ``raise`` stops.
+        max_error_rate: share of bad samples, of all those seen so far, above which a run stops at
+            the end of a shard; of 1,000 if fewer were seen.
+        max_pixels: pictures with more pixels are bad samples; they are not unpacked.
+        allow_pipe: accept ``pipe:`` shards, which run a shell command.
+    """
+
+    info: DatasetInfo
+
+    def __init__(
+        self,
+        shards: str | list[str],
+        batch_size: int = 8,
+        num_workers: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        names: list[str] | None = None,
+        on_error: Literal["skip", "raise"] = "skip",
+        max_error_rate: float = 0.01,
+        max_pixels: int = MAX_PIXELS,
+        allow_pipe: bool = False,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"--data.batch_size must be at least 1, got {batch_size}")
+        if not 0 <= max_error_rate <= 1:
+            raise ValueError(f"--data.max_error_rate is a share in [0, 1], got {max_error_rate}")
+        if names is not None and self.info.classes and len(names) != len(self.info.classes):
+            raise ValueError(
+                f"--data.names has {len(names)} names, but {self.info.name} has "
+                f"{len(self.info.classes)} classes: give one a class, in the order of "
+                f"`lightning list datasets`"
+            )
+        if names:
+            self.info = replace(self.info, prompts=tuple(names))
+        self.shards = shards
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.image_size = image_size
+        self.on_error = on_error
+        self.max_error_rate = max_error_rate
+        self.max_pixels = max_pixels
+        self.allow_pipe = allow_pipe
+        self.finished: frozenset[str] = frozenset()
+        self._spool_folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What of the settings can change a result."""
+        checksums = [
+            shard["sha256"]
+            for folder in {
+                Path(url).parent: 0 for _, url in self.shard_list() if not is_remote(url)
+            }
+            for shard in read_dataset_json(folder).get("shards", [])
+        ]
+        return {
+            "name": self.info.name,
+            "prompts": list(self.info.prompts),
+            "batch_size": self.batch_size,
+            "image_size": self.image_size,
+            "max_pixels": self.max_pixels,
+            "shards": [name for name, _ in self.shard_list()],
+            "checksum": hashlib.sha256("".join(checksums).encode()).hexdigest(),
+        }
+
+    def shard_list(self) -> list[tuple[str, str]]:
+        """(name, path or URL) of all shards, in order; the names are unique."""
+        return name_shards(expand_shards(self.shards, allow_pipe=self.allow_pipe))
+
+    def sample_counts(self) -> dict[str, int]:
+        """Samples in each shard by name, as far as they are written down beside the shards."""
+        counts: dict[str, int] = {}
+        for name, url in self.shard_list():
+            if is_remote(url):
+                continue
+            described = read_dataset_json(Path(url).parent)
+            if described and described.get("dataset") not in (None, self.info.name):
+                raise ValueError(
+                    f"{Path(url).parent} holds shards of {described['dataset']!r}, "
+                    f"not of {self.info.name!r}: choose the DataModule that fits with --data"
+                )
+            for shard in described.get("shards", []):
+                if shard["name"] == Path(url).name:
+                    counts[name] = int(shard["samples"])
+        return counts
+
+    def share(self) -> list[tuple[str, str]]:
+        """The shards of this rank: every world_size-th of those not finished, by its rank."""
+        rank, world = (
+            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        )
+        todo = [shard for shard in self.shard_list() if shard[0] not in self.finished]
+        return todo[rank::world]
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """Batches of this rank's shards."""
+        shards = self.share()
+        workers = self._workers()
+        if any(is_remote(url) for _, url in shards):
+            self._spool_folder = tempfile.TemporaryDirectory(prefix="clip_surgery_shards_")
+        folder = self._spool_folder.name if self._spool_folder else ""
+        decoder = Decoder(self.info, self._size(), self.max_pixels)
+        stream = ShardStream(shards, self.batch_size, decoder, Spool(folder, max(workers, 1)))
+        return DataLoader(
+            stream,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            pin_memory=self.trainer is not None
+            and self.trainer.strategy.root_device.type == "cuda",
+        )
+
+    def teardown(self, stage: str) -> None:
+        """Remove fetched shards."""
+        if self._spool_folder:
+            self._spool_folder.cleanup()
+            self._spool_folder = None
+
+    def _workers(self) -> int:
+        if self.num_workers is not None:
+            return self.num_workers
+        local_ranks = self.trainer.num_devices if self.trainer else 1
+        return min(8, len(os.sched_getaffinity(0)) // local_ranks) if _has_affinity() else 0
+
+    def _size(self) -> tuple[int, int]:
+        size: Any = self.image_size
+        if size is None:
+            size = (
+                getattr(self.trainer.lightning_module, "image_size", 224) if self.trainer else 224
+            )
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch  # torch's default would turn the batch's tuples into lists
+
+
+def _has_affinity() -> bool:
+    return hasattr(os, "sched_getaffinity")  # Linux; elsewhere starting workers costs seconds
+
+
+def expand_shards(shards: str | list[str], *, allow_pipe: bool = False) -> list[str]:
+    """All shards that a folder, pattern, URL or list of these stands for, in order.
+
+    Raises:
+        FileNotFoundError: nothing matches.
+        ValueError: a ``pipe:`` shard without ``allow_pipe``.
+    """
+    if isinstance(shards, list):
+        return [s for spec in shards for s in expand_shards(spec, allow_pipe=allow_pipe)]
+    if shards.startswith("pipe:"):
+        if not allow_pipe:
+            raise ValueError(
+                f"{shards!r} would run a shell command; if you trust it, set --data.allow_pipe true"
+            )
+        return [shards]
+    found: list[str] = []
+    for spec in braceexpand(shards):
+        if "://" in spec:
+            found.append(spec)
+        elif os.path.isdir(spec):
+            found += sorted(glob(os.path.join(escape(spec), "*.tar")))
+        elif any(c in spec for c in "*?["):
+            found += sorted(glob(spec))
+        else:
+            found.append(spec)
+    missing_all = not found or (
+        len(found) == 1 and not is_remote(found[0]) and not os.path.exists(found[0])
+    )
+    if missing_all:
+        raise FileNotFoundError(
+            f"no shards at {shards!r} (seen from {os.getcwd()}): give a folder of *.tar, a pattern or a "
+            f"URL with --data.shards; `lightning shards --help` makes shards of a data set"
+        )
+    return found
+
+
+def name_shards(urls: list[str]) -> list[tuple[str, str]]:
+    """Give each shard a unique name: its file name without .tar, led by folders where needed."""
+
+    def name(url: str, depth: int) -> str:
+        parts = url.split("?")[0].removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar")
+        kept = [p for p in parts.replace("\\", "/").split("/") if p and p not in (".", "..")][
+            -depth:
+        ]
+        return "_".join("".join(c if c.isalnum() or c in "-_." else "-" for c in p) for p in kept)
+
+    for depth in range(1, 12):
+        names = [name(url, depth) for url in urls]
+        if len(set(names)) == len(names):
+            return list(zip(names, urls, strict=True))
+    raise ValueError(f"the same shard is listed twice: {sorted(urls)[:4]}")
+
+
+def read_dataset_json(folder: Path) -> dict[str, Any]:
+    """The description that ``lightning shards`` writes beside shards; empty if there is none."""
+    path = folder / "dataset.json"
+    if not path.exists():
+        return {}
+    try:
+        described = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not valid JSON ({error}): convert the data set again"
+        ) from None
+    return described if isinstance(described, dict) else {}

@@ -1,0 +1,65 @@
+"""CLIP Surgery as a library: the backbone, the method's formulas, prompts.
+
+Knows torch and open_clip; nothing of Lightning, data sets or tasks. Names are loaded when they
+are first used, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgery.attention import RECIPES, Recipe
+    from surgery.backbone import Backbone, load_backbone
+    from surgery.explainer import Explainer, Explanation
+    from surgery.features import (
+        feature_surgery,
+        similarity,
+        similarity_map,
+        similarity_to_points,
+    )
+    from surgery.prompts import TEMPLATES, encode_prompts
+    from surgery.towers import ImageTokens
+
+_HOMES = {
+    "RECIPES": "attention",
+    "Recipe": "attention",
+    "Backbone": "backbone",
+    "load_backbone": "backbone",
+    "Explainer": "explainer",
+    "Explanation": "explainer",
+    "feature_surgery": "features",
+    "similarity": "features",
+    "similarity_map": "features",
+    "similarity_to_points": "features",
+    "TEMPLATES": "prompts",
+    "encode_prompts": "prompts",
+    "ImageTokens": "towers",
+}
+
+__all__ = [
+    "RECIPES",
+    "TEMPLATES",
+    "Backbone",
+    "Explainer",
+    "Explanation",
+    "ImageTokens",
+    "Recipe",
+    "encode_prompts",
+    "feature_surgery",
+    "load_backbone",
+    "similarity",
+    "similarity_map",
+    "similarity_to_points",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

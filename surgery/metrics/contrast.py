@@ -1,0 +1,68 @@
+"""mSC: how much higher a map is on its object than off it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class MeanScoreContrast(Metric):
+    """Mean score contrast (mSC, Eq. 12 of the paper).
+
+    For one map: its mean over foreground pixels minus its mean over background pixels. Averaged over
+    the images of a class, then over the classes that occur. In [-1, 1]; the paper prints percent. A
+    map whose label covers no, or every, pixel has no contrast and is left out.
+
+    Args:
+        num_classes: number of classes K.
+
+    Example:
+        >>> metric = MeanScoreContrast(2)
+        >>> maps = torch.tensor([[[1.0, 0.5], [0.0, 0.0]]])
+        >>> foreground = torch.tensor([[[True, True], [False, False]]])
+        >>> metric.update(maps, foreground, torch.ones(2, 2, dtype=torch.bool), torch.tensor([1]))
+        >>> metric.compute()
+        tensor(0.7500, dtype=torch.float64)
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    contrast: Tensor
+    images: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(sync_on_compute=False)
+        # float64: the mean of a large data set must not depend on how it was cut into shards.
+        self.add_state(
+            "contrast", torch.zeros(num_classes, dtype=torch.float64), dist_reduce_fx="sum"
+        )
+        self.add_state("images", torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, maps: Tensor, foreground: Tensor, valid: Tensor, classes: Tensor) -> None:
+        """Add the maps of one image.
+
+        Args:
+            maps: [P,H,W] in [0, 1], one a positive label.
+            foreground: bool [P,H,W].
+            valid: bool [H,W] or [P,H,W]; pixels that count as foreground or background.
+            classes: [P] class indices, all different.
+        """
+        inside = (foreground & valid).flatten(1)
+        outside = (~foreground & valid).flatten(1)
+        flat = maps.flatten(1).double()
+        inside_count, outside_count = inside.sum(1), outside.sum(1)
+        usable = (inside_count > 0) & (outside_count > 0)
+        difference = (flat * inside).sum(1) / inside_count - (flat * outside).sum(1) / outside_count
+        zero = torch.zeros_like(difference)
+        # One entry a class at most, so plain indexing adds deterministically.
+        self.contrast[classes] += torch.where(usable, difference, zero).to(self.contrast.device)
+        self.images[classes] += usable.to(self.images)
+
+    def per_class(self) -> Tensor:
+        """[K] contrast of each class, NaN where no image has it."""
+        return self.contrast / self.images
+
+    def compute(self) -> Tensor:
+        """Mean over the classes that occur; NaN if none does."""
+        return self.per_class().nanmean()

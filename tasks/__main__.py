@@ -1,0 +1,61 @@
+"""The command line: ``lightning COMMAND ...``. Each command is imported only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+from importlib.metadata import entry_points, version
+
+COMMANDS = {
+    "predict": "run a task over shards: masks, scores and metrics",
+    "shards": "turn a data set's official layout into shards",
+    "metrics": "recompute a run's metrics from its finished shards",
+    "list": "list models, data sets, tasks or configs",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the ``lightning`` script and of ``python -m tasks``; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="lightning",
+        description="CLIP Surgery at scale: explain CLIP, segment and recognise without training.",
+        epilog="lightning COMMAND --help tells more. First run: lightning predict --config demo.yaml",
+    )
+    parser.add_argument("--version", action="store_true", help="print versions and exit")
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command")
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    known, _ = parser.parse_known_args(argv[:1])
+    if known.version:
+        print_versions()
+        return 0
+    if known.command is None:
+        parser.print_help()
+        return 0 if not argv else 2
+    module = import_module(f"tasks.commands.{known.command}")
+    code: int = module.main(argv[1:])
+    return code
+
+
+def print_versions() -> None:
+    """Print our version and those of what results depend on; warn of a shadowed script."""
+    print(f"clip-surgery-lightning {version('clip-surgery-lightning')}")
+    for name in ("torch", "lightning", "open_clip_torch"):
+        print(f"  {name} {version(name)}")
+    rivals = {
+        entry.dist.name
+        for entry in entry_points(group="console_scripts", name="lightning")
+        if entry.dist and entry.dist.name != "clip-surgery-lightning"
+    }
+    if rivals:
+        print(
+            f"warning: {', '.join(sorted(rivals))} also installs a script named `lightning`; "
+            "`python -m tasks` is always ours",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

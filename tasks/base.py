@@ -1,0 +1,206 @@
+"""What all tasks share: the backbone, the class texts, and metrics that are kept shard by shard."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import Metric
+
+from datamodules.samples import VOID, DatasetInfo
+from datamodules.shards import ShardDataModule
+from surgery import Backbone, encode_prompts, load_backbone
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Which CLIP, and how it is read; see `surgery.load_backbone`.
+
+    Args:
+        model: an open_clip name (ViT-B-16, RN50, ...), the path of an open_clip JSON config, or
+            `demo`, the tiny CLIP inside this package.
+        pretrained: an open_clip tag (openai, laion2b_s34b_b88k, ...), the path of a checkpoint, or
+            null for random weights.
+        attention: how the image tower is reformed: surgery (the paper), raw (plain CLIP), ...;
+            `lightning list models` names them all.
+        blocks: how many of the last blocks are reformed.
+        image_size: side of the input in pixels; by default the model's own.
+        class_token: clip is CLIP's own, released what the released code returns (ResNets differ).
+        quick_gelu: use OpenAI's GELU; by default as the weights need it.
+    """
+
+    model: str = "ViT-B-16"
+    pretrained: str | None = "openai"
+    attention: str = "surgery"
+    blocks: int = 6
+    image_size: int | None = None
+    class_token: str = "clip"
+    quick_gelu: bool | None = None
+
+
+class ImageResult(NamedTuple):
+    """What a task says of one image; the writer turns it into files.
+
+    ``members``: file ending -> array (``*.npy``), label values uint8 [H,W] (``*.png``), or dict
+    (``json``). ``overlays``: the same for pictures uint8 [H,W,3] (``*.jpg``) that are only drawn when
+    the writer wants them.
+    """
+
+    key: str
+    members: dict[str, Any]
+    overlays: Callable[[], dict[str, np.ndarray]] | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The numbers of a run.
+
+    Args:
+        metrics: name -> value over the whole run; fractions.
+        per_class: class name -> column -> value.
+        details: what else is worth knowing, such as the best threshold.
+    """
+
+    metrics: dict[str, float]
+    per_class: dict[str, dict[str, float]] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Task(LightningModule):
+    """Base of all tasks.
+
+    A subclass writes ``predict_step`` (batch -> one `ImageResult` an image), and, where there is
+    something to measure, ``configure_metrics`` and ``report``. Metrics are updated in
+    ``predict_step``; the writer takes their states at the end of every shard.
+
+    Args:
+        backbone: which CLIP, and how it is read.
+    """
+
+    needs: tuple[str, ...] = ()
+    """What a data set must have for this task: "classes", "mask", "positives", "captions"."""
+
+    text: Tensor | None
+    """[T,C] unit features of the class texts."""
+
+    def __init__(self, backbone: BackboneConfig | None = None) -> None:
+        super().__init__()
+        self.config = backbone or BackboneConfig()
+        self.backbone: Backbone
+        self.metrics: dict[str, Metric] = {}
+        self.register_buffer("text", None, persistent=False)
+
+    @property
+    def datamodule(self) -> ShardDataModule:
+        """Where the batches come from."""
+        found = getattr(self.trainer, "datamodule", None)
+        if not isinstance(found, ShardDataModule):
+            raise TypeError(
+                "predict needs one of the project's DataModules: pass datamodule=VOC(...)"
+            )
+        return found
+
+    @property
+    def info(self) -> DatasetInfo:
+        """The data set that is being processed."""
+        return self.datamodule.info
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the images that the backbone wants."""
+        return self.backbone.image_size
+
+    def setup(self, stage: str) -> None:
+        """Load the backbone and encode the class texts; on every process alike."""
+        self.check_data(self.datamodule)
+        self.backbone = load_backbone(**asdict(self.config))
+        self.metrics = self.configure_metrics(self.datamodule.info)
+        self.configure_texts()
+
+    def check_data(self, datamodule: ShardDataModule) -> None:
+        """Refuse a data set without what this task needs, before anything is loaded.
+
+        Raises:
+            ValueError: says what is missing.
+        """
+        info = datamodule.info
+        has = {
+            "classes": bool(info.classes),
+            "mask": info.labels == "mask",
+            "positives": info.labels in ("mask", "positives"),
+            "captions": info.captions,
+        }
+        for need in self.needs:
+            if not has[need]:
+                raise ValueError(
+                    f"{type(self).__name__} needs {need}, which {type(datamodule).__name__} doesn't "
+                    f"have; `lightning list tasks` shows which tasks and data sets fit"
+                )
+
+    def settings(self) -> dict[str, Any]:
+        """What the class was made with; every argument is kept as an attribute of its name."""
+        names = [n for n in inspect.signature(type(self)).parameters if n != "backbone"]
+        return {"backbone": asdict(self.config), **{n: getattr(self, n) for n in names}}
+
+    def configure_texts(self) -> None:
+        """Encode the class texts once."""
+        prompts = list(self.info.prompts)
+        if prompts:
+            text = encode_prompts(self.backbone, self.backbone.tokenizer, prompts)
+            self.text = text.to(self.backbone.device)
+
+    def configure_metrics(self, info: DatasetInfo) -> dict[str, Metric]:
+        """The metrics of this task on this data set, empty."""
+        return {}
+
+    def report(self, metrics: dict[str, Metric], info: DatasetInfo) -> Report:
+        """The numbers of a run, from metrics that hold all its shards."""
+        return Report({})
+
+    def on_predict_start(self) -> None:
+        """Keep the metrics where the tokens are; Apple's GPUs have no float64."""
+        device = torch.device("cpu") if self.device.type == "mps" else self.device
+        self.metrics = {name: metric.to(device) for name, metric in self.metrics.items()}
+
+    def pop_metric_state(self) -> dict[str, Tensor]:
+        """States of all metrics since the last call, on the CPU, as ``metric.state`` -> tensor."""
+        states: dict[str, Tensor] = {}
+        for name, metric in self.metrics.items():
+            for key, value in metric.metric_state.items():
+                merged = torch.cat(value) if isinstance(value, list) and value else value
+                if isinstance(merged, Tensor):
+                    states[f"{name}.{key}"] = merged.cpu().clone()
+            metric.reset()
+        return states
+
+
+def label_masks(
+    label: Tensor, positives: tuple[int, ...], info: DatasetInfo, *, void: str = "ignore"
+) -> tuple[Tensor, Tensor]:
+    """Foreground of each positive label, and which pixels count at all.
+
+    Args:
+        label: label map [H,W], or masks [P,H,W] in the order of ``positives``.
+        positives: [P] class indices.
+        info: the data set that the label values belong to.
+        void: ``ignore`` leaves void pixels out, ``background`` counts them as background.
+
+    Returns:
+        foreground bool [P,H,W], valid bool broadcastable to it.
+    """
+    if label.ndim == 3:
+        foreground = label == 1
+    else:
+        values = torch.tensor([info.label_value(i) for i in positives], device=label.device)
+        foreground = label == values.view(-1, 1, 1)
+    valid = label != VOID if void == "ignore" else torch.ones_like(label, dtype=torch.bool)
+    return foreground, valid

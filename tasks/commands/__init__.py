@@ -1,0 +1,1 @@
+"""The subcommands of ``lightning``: one module each, with ``main(argv) -> exit code``."""

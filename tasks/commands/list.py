@@ -1,0 +1,72 @@
+"""``lightning list``: what there is to choose from."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from importlib import import_module
+
+import datamodules
+from datamodules import DATASETS
+from tasks import TASKS
+from tasks._configs import packaged
+
+
+def main(argv: list[str]) -> int:
+    """Run ``lightning list``; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="lightning list", description=main.__doc__)
+    parser.add_argument("what", choices=sorted(LISTS), help="what to list")
+    for name, text in LISTS[parser.parse_args(argv).what]():
+        print(f"{name:<36} {text}" if text else name)
+    return 0
+
+
+def list_configs() -> list[tuple[str, str]]:
+    """Packaged configs with what each reproduces, their first comment."""
+    return [(path.name, path.read_text().split("\n", 1)[0].lstrip("# ")) for path in packaged()]
+
+
+def list_datasets() -> list[tuple[str, str]]:
+    """DataModules, their names under ``lightning shards``, and their classes."""
+    rows = []
+    for name, cls in sorted(DATASETS.items()):
+        info = getattr(datamodules, cls).info
+        classes = f"{len(info.classes)} classes: {', '.join(info.classes)}" if info.classes else ""
+        rows.append((f"{cls} ({name})", classes))
+    return rows
+
+
+def list_tasks() -> list[tuple[str, str]]:
+    """Tasks, and what each needs of a data set."""
+    rows = []
+    for module, cls in sorted(TASKS.items()):
+        task = getattr(import_module(f"tasks.{module}"), cls)
+        first = (task.__doc__ or "").splitlines()[0]
+        rows.append((cls, f"{first} Needs: {', '.join(task.needs) or 'images'}."))
+    return rows
+
+
+def list_models() -> list[tuple[str, str]]:
+    """open_clip's models with their pretrained tags, and ours."""
+    import open_clip
+
+    return [("demo", "the tiny CLIP inside this package")] + [
+        (name, ", ".join(open_clip.list_pretrained_tags_by_model(name)))
+        for name in open_clip.list_models()
+    ]
+
+
+def list_recipes() -> list[tuple[str, str]]:
+    """Values of ``--model.backbone.attention``."""
+    from surgery import RECIPES
+
+    return [(name, str(recipe)) for name, recipe in RECIPES.items()]
+
+
+LISTS: dict[str, Callable[[], list[tuple[str, str]]]] = {
+    "configs": list_configs,
+    "datasets": list_datasets,
+    "models": list_models,
+    "recipes": list_recipes,
+    "tasks": list_tasks,
+}

@@ -1,0 +1,175 @@
+"""Explainability: a similarity map for every class, measured on the labels (Table 1 of the paper)."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+
+from datamodules.samples import Batch, DatasetInfo
+from surgery import feature_surgery, similarity, similarity_map
+from surgery.metrics import MeanScoreContrast, ThresholdIoU
+from surgery.visualize import heat_map
+from tasks.base import BackboneConfig, ImageResult, Report, Task, label_masks
+
+
+class Explainability(Task):
+    """Where in the image is each class? Maps, masks, mSC and mIoU.
+
+    Maps are those of the paper: architecture surgery in the backbone, feature surgery over all class
+    texts, min-max per map. For each positive label a mask is written, and all classes' similarities
+    on the token grid. With ``--model.backbone.attention raw --model.feature_surgery none`` the maps
+    are plain CLIP's.
+
+    Args:
+        backbone: which CLIP, and how it is read.
+        feature_surgery: ``code`` as released, ``paper`` by Eq. 8-11, ``none`` for the plain cosine.
+        tau: temperature of the class weights in feature surgery.
+        order: ``code`` min-maxes on the token grid and then enlarges, ``paper`` (Eq. 1) enlarges first.
+        threshold: map value from which a pixel belongs to the written mask; the stored similarities
+            allow any other afterwards. The reported mIoU is at the best threshold of the whole run.
+        void: what void pixels (255) count as in the metrics: ``ignore``, or ``background``, the
+            literal reading of Eq. 12.
+    """
+
+    needs = ("classes",)
+
+    redundant: Tensor | None
+
+    def __init__(
+        self,
+        backbone: BackboneConfig | None = None,
+        feature_surgery: Literal["code", "paper", "none"] = "code",
+        tau: float = 2.0,
+        order: Literal["code", "paper"] = "code",
+        threshold: float = 0.5,
+        void: Literal["ignore", "background"] = "ignore",
+    ) -> None:
+        super().__init__(backbone)
+        self.register_buffer("redundant", None, persistent=False)
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"--model.threshold is a map value in [0, 1], got {threshold}")
+        self.feature_surgery: Any = feature_surgery
+        self.tau = tau
+        self.order = order
+        self.threshold = threshold
+        self.void = void
+
+    def configure_metrics(self, info: DatasetInfo) -> dict[str, Metric]:
+        """mSC and IoU over thresholds, where there are masks to measure on."""
+        if info.labels != "mask":
+            return {}
+        count = len(info.classes)
+        return {"contrast": MeanScoreContrast(count), "iou": ThresholdIoU(count)}
+
+    def configure_texts(self) -> None:
+        """Class texts; a single class is compared with the empty text, there being no other."""
+        super().configure_texts()
+        if len(self.info.classes) == 1:
+            empty = self.backbone.tokenizer([""])
+            self.redundant = self.backbone.encode_text(empty)
+
+    def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
+        """Maps and masks of the positive labels of each image, similarities of all classes."""
+        if not batch.keys:
+            return []
+        tokens = self.backbone.encode_image(self.backbone.preprocess(batch.images))
+        scores = self._similarity(tokens.patch_tokens, tokens.class_token)
+        results = []
+        for i, key in enumerate(batch.keys):
+            shown = batch.positives[i]
+            shown = tuple(range(scores.shape[2])) if shown is None else shown
+            maps = similarity_map(
+                scores[i : i + 1, :, list(shown)], tokens.grid, batch.sizes[i], order=self.order
+            )[0]
+            label = batch.labels[i]
+            if label is not None and self.metrics and shown:
+                truth = label_masks(label, shown, self.info, void=self.void)
+                for metric in self.metrics.values():
+                    metric.update(maps, *truth, torch.tensor(shown, device=maps.device))
+            results.append(self._result(key, batch.images[i], scores[i], tokens.grid, shown, maps))
+        return results
+
+    def _similarity(self, patch_tokens: Tensor, class_token: Tensor) -> Tensor:
+        assert self.text is not None  # needs = ("classes",)
+        if self.feature_surgery == "none":
+            return similarity(patch_tokens, self.text)
+        return feature_surgery(
+            patch_tokens,
+            class_token,
+            self.text,
+            redundant=self.redundant,
+            tau=self.tau,
+            form=self.feature_surgery,
+        )
+
+    def _result(
+        self,
+        key: str,
+        image: Tensor,
+        scores: Tensor,
+        grid: tuple[int, int],
+        shown: tuple[int, ...],
+        maps: Tensor,
+    ) -> ImageResult:
+        names = self.info.classes
+        files = {index: f"mask.{index:03d}-{slug(names[index])}.png" for index in shown}
+        members: dict[str, Any] = {
+            "scores.npy": scores.T.unflatten(1, grid).half().cpu().numpy(),
+            "json": {
+                "labels": {names[index]: files[index] for index in shown},
+                "threshold": self.threshold,
+                "size": list(maps.shape[-2:]),
+                "grid": list(grid),
+            },
+        }
+        masks = (maps >= self.threshold).to(torch.uint8).cpu().numpy()
+        for index, mask in zip(shown, masks, strict=True):
+            members[files[index]] = mask * np.uint8(self.info.label_value(index))
+        draw = partial(draw_overlays, image.cpu(), maps, list(files.values()))
+        return ImageResult(key, members, draw)
+
+    def report(self, metrics: dict[str, Metric], info: DatasetInfo) -> Report:
+        """mIoU at the best threshold and mSC, with the class-wise numbers."""
+        contrast, iou = metrics.get("contrast"), metrics.get("iou")
+        if not isinstance(contrast, MeanScoreContrast) or not isinstance(iou, ThresholdIoU):
+            return Report({})
+        columns = {"IoU": iou.per_class(), "SC": contrast.per_class(), "images": iou.images}
+        return Report(
+            metrics={f"m{name}": float(columns[name].nanmean()) for name in ("IoU", "SC")},
+            per_class={
+                name: {column: float(values[i]) for column, values in columns.items()}
+                for i, name in enumerate(info.classes)
+            },
+            details={
+                "threshold": iou.best_threshold(),
+                "mIoU_at_fixed_threshold": float(iou.at(self.threshold)),
+                "mIoU_per_image": float(iou.compute_per_image()),
+                "mIoU_all_foreground": float(iou.at(0.0)),
+            },
+        )
+
+
+def slug(name: str) -> str:
+    """A class name as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "class"
+
+
+def draw_overlays(image: Tensor, maps: Tensor, masks: list[str]) -> dict[str, np.ndarray]:
+    """Heat maps over the image: uint8 [3,S,S'] enlarged to the size of maps [P,H,W].
+
+    Each is named after the file of its mask.
+    """
+    size = maps.shape[-2:]
+    large = F.interpolate(image[None].float(), size=size, mode="bilinear", antialias=True)
+    picture = large[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+    return {
+        mask.replace("mask", "map").replace(".png", ".jpg"): heat_map(picture, values.cpu()).numpy()
+        for mask, values in zip(masks, maps, strict=True)
+    }
