@@ -1,0 +1,146 @@
+"""What each training-free method changes in CLIP's image tower, as data.
+
+All of them share one shape. The last blocks of a ViT get a second, *new* path of tokens that
+starts as a copy of their input; its patch tokens, after the last norm and projection, are what
+is compared with texts. Only the fields of a `Recipe` say how a method walks that path. The
+attention pool of CLIP's ResNets follows the same `pairs`.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Pair = Literal["qk", "qq", "kk", "vv", "identity"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the new path of the reformed blocks is computed.
+
+    pairs: which projections attend to which, one softmax(a . b / sqrt(d_head)) each; "identity"
+        lets every token see itself only. No pairs: no new path, plain CLIP.
+    combine: several softmaxes are averaged or summed (SCLIP's rows sum to 2).
+    blocks: how many of the last blocks are reformed; None: what `load_backbone` was asked for.
+    reads: the new path attends over ln_1 of the original path ("original"; dual path) or over
+        its own tokens ("itself"; a single path, beside which the original one only serves the
+        class token).
+    residual, ffn: keep the skip connection of the attention, and the feed-forward part.
+    iterations: rounds of self-clustering before the values are read (GEM, Section 3.2): the
+        projections are scaled to unit length, attend among themselves, and so on; the logits
+        are then cosines times the mean length of the block's input / sqrt(d_head).
+    neighbour_std: a Gaussian of this standard deviation, in cells, is added to the logits
+        between patches (NACLIP); None: no bias.
+    position: how position embeddings are resized to another grid, see `towers.resize_positions`.
+    released_class_token: which path's class token the released code returns. Ours is CLIP's own
+        unless `load_backbone(class_token="released")` asks for this one.
+    """
+
+    pairs: tuple[Pair, ...]
+    combine: Literal["mean", "sum"] = "mean"
+    blocks: int | None = None
+    reads: Literal["original", "itself"] = "original"
+    residual: bool = True
+    ffn: bool = False
+    iterations: int = 0
+    neighbour_std: float | None = None
+    position: Literal["bilinear", "bicubic", "bicubic_scaled"] = "bilinear"
+    released_class_token: Literal["original", "new"] = "new"
+
+
+_SURGERY = Recipe(pairs=("vv",), released_class_token="original")
+_LAST_BLOCK = Recipe(pairs=("qk",), blocks=1, ffn=True, position="bicubic_scaled")
+
+RECIPES: dict[str, Recipe] = {
+    # plain CLIP, every token projected
+    "raw": Recipe(pairs=()),
+    # Li et al. 2023, arXiv 2304.05653 (xmed-lab/CLIP_Surgery): v-v, dual path, no FFN
+    "surgery": _SURGERY,
+    # Bousselham et al. 2024 (WalBouss/GEM): q-q, k-k and v-v, clustered once
+    "gem": replace(
+        _SURGERY,
+        pairs=("vv", "kk", "qq"),
+        iterations=1,
+        position="bicubic",
+        released_class_token="new",
+    ),
+    # Zhou et al. 2022 (chongzhou96/MaskCLIP): the last block's values, else unchanged
+    "maskclip": replace(_LAST_BLOCK, pairs=("identity",)),
+    # Wang et al. 2024 (wangf3014/SCLIP): last block q-q plus k-k
+    "sclip": replace(_LAST_BLOCK, pairs=("qq", "kk"), combine="sum"),
+    # Lan et al. 2024 (mc-lan/ClearCLIP): last block q-q, neither residual nor FFN
+    "clearclip": replace(_LAST_BLOCK, pairs=("qq",), residual=False, ffn=False),
+    # Hajimiri et al. 2025 (sinahmr/NACLIP): last block k-k near the token, neither residual nor FFN
+    "naclip": replace(_LAST_BLOCK, pairs=("kk",), neighbour_std=5.0, residual=False, ffn=False),
+    # Ablations of the CLIP Surgery paper (Section 3.2, Table 2)
+    "surgery_qq": replace(_SURGERY, pairs=("qq",)),
+    "surgery_kk": replace(_SURGERY, pairs=("kk",)),
+    "surgery_qk": replace(_SURGERY, pairs=("qk",)),
+    "surgery_ffn": replace(_SURGERY, ffn=True),
+    "surgery_single_path": replace(_SURGERY, reads="itself"),
+    "surgery_single_path_ffn": replace(_SURGERY, reads="itself", ffn=True),
+}
+
+
+def attend(
+    recipe: Recipe,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    start: int = 0,
+    bias: Tensor | None = None,
+    temperature: Tensor | None = None,
+) -> Tensor:
+    """The new path's attention.
+
+    q, k, v: [B, heads, L, d_head]. start: the first token that asks (1 leaves the class token
+    out; it is always asked). bias: [L, L], added to the logits. temperature: [B, 1, 1, 1],
+    what unit-length logits are multiplied with; needed when `recipe.iterations` > 0.
+    Returns [B, heads, L - start, d_head].
+    """
+    projections = {"q": q, "k": k, "v": v}
+    mask = None if bias is None else bias[start:].to(q.dtype)
+    total: Tensor | None = None
+    for pair in recipe.pairs:
+        if pair == "identity":
+            seen = v[:, :, start:]
+        else:
+            asks, keys = projections[pair[0]], projections[pair[1]]
+            scale = None
+            if recipe.iterations:
+                if temperature is None or pair[0] != pair[1]:
+                    raise ValueError("iterations need a temperature and self-self pairs")
+                asks, keys = _cluster(asks, temperature, recipe.iterations)
+                scale = 1.0
+            seen = F.scaled_dot_product_attention(
+                asks[:, :, start:], keys, v, attn_mask=mask, scale=scale
+            )
+        total = seen if total is None else total + seen
+    if total is None:
+        raise ValueError("a recipe without pairs has no new path")
+    return total / len(recipe.pairs) if recipe.combine == "mean" else total
+
+
+def _cluster(x: Tensor, temperature: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """GEM's self-self attention on unit vectors; returns queries (times temperature) and keys."""
+    x = F.normalize(x.float(), dim=-1).to(x.dtype)
+    for _ in range(iterations):
+        x = F.scaled_dot_product_attention(x * temperature.to(x.dtype), x, x, scale=1.0)
+        x = F.normalize(x.float(), dim=-1).to(x.dtype)
+    return x * temperature.to(x.dtype), x
+
+
+def neighbour_bias(grid: tuple[int, int], std: float, device: torch.device) -> Tensor:
+    """NACLIP's omega [1 + h*w, 1 + h*w] in float32: exp(-distance^2 / (2 std^2)) between cells.
+
+    Distances are in cells; the class token's row and column are 0.
+    """
+    rows, columns = torch.meshgrid(
+        *(torch.arange(n, dtype=torch.float32, device=device) for n in grid), indexing="ij"
+    )
+    cells = torch.stack([rows.flatten(), columns.flatten()], dim=1)
+    squared = (cells[:, None] - cells[None]).square().sum(-1)
+    return F.pad(torch.exp(-squared / (2 * std**2)), (1, 0, 1, 0))

@@ -1,0 +1,281 @@
+"""Weights from files, without ever running code from them.
+
+Read by what the file is, not by its name: safetensors; a state dict or an open_clip training
+checkpoint saved by torch; OpenAI's published TorchScript archives. A pickled module is refused.
+"""
+
+import hashlib
+import io
+import pickle
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What OpenAI's archives hold beside weights.
+_NOT_WEIGHTS = frozenset({"input_resolution", "context_length", "vocab_size", "attn_mask"})
+_CONVERT = (
+    "Convert it where you trust it: `torch.save(model.state_dict(), 'weights.pt')`, "
+    "or `safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')`."
+)
+
+
+class CheckpointError(ValueError):
+    """A weights file that is missing, unreadable, unsafe, or of another model."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights read from a file. `openai`: it is in OpenAI's format, whose models use quick GELU."""
+
+    weights: dict[str, Tensor]
+    openai: bool
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read the state dict in a weights file, on the CPU, wrappers and prefixes taken off.
+
+    Raises `CheckpointError`, naming the file, where it is missing, not understood, would have
+    to run code, or holds weights that are not finite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no such weights file: {path}")
+    with path.open("rb") as file:
+        head = file.read(9)
+    archive = False
+    if head[8:9] == b"{":
+        found = _read_safetensors(path)
+    elif zipfile.is_zipfile(path) and _is_torchscript(path):
+        found, archive = _read_torchscript(path), True
+    else:
+        found = _read_torch(path)
+    weights = _unwrap(found, path)
+    openai = archive or "input_resolution" in weights
+    weights = {
+        name: value for name, value in weights.items() if name.split(".")[-1] not in _NOT_WEIGHTS
+    }
+    for name, value in weights.items():
+        # Adding up is one pass; whatever is not finite survives it.
+        finite = not value.is_floating_point() or value.sum(dtype=torch.float32).isfinite()
+        if not finite and not value.isfinite().all():
+            raise CheckpointError(f"{path}: weights are not finite (NaN or infinite) in {name!r}")
+    return Checkpoint(weights, openai)
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Copy a state dict into an open_clip model; every key and shape has to match.
+
+    Older layouts that open_clip itself converts (text tower at the top level, MobileCLIP) are
+    converted. Raises `CheckpointError` naming the source and the first differing keys.
+    """
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    weights = convert_state_dict(model, dict(weights))
+    if "positional_embedding" in weights and not hasattr(model, "positional_embedding"):
+        weights = convert_to_custom_text_state_dict(weights)
+    own = model.state_dict()
+    for name in ("logit_scale", "logit_bias"):
+        if name in weights and name in own and weights[name].numel() == own[name].numel() == 1:
+            weights[name] = weights[name].reshape(own[name].shape)
+    problems = []
+    if missing := [name for name in own if name not in weights]:
+        problems.append(f"{len(missing)} keys missing ({_first(missing)})")
+    if unexpected := [name for name in weights if name not in own]:
+        problems.append(f"{len(unexpected)} keys unexpected ({_first(unexpected)})")
+    shapes = [
+        f"{name}: expected {list(own[name].shape)}, given {list(value.shape)}"
+        for name, value in weights.items()
+        if name in own and own[name].shape != value.shape
+    ]
+    if shapes:
+        problems.append(f"{len(shapes)} shapes differ ({_first(shapes)})")
+    if problems:
+        raise CheckpointError(
+            f"{source} holds weights of another model: {'; '.join(problems)}. Choose the model "
+            "(an open_clip name or JSON config) that these weights were trained as."
+        )
+    model.load_state_dict(weights)
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _first(names: list[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        # Mapped, the optimizer's state in a training checkpoint is never read.
+        mapped = zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: refused. It holds Python objects, such as a whole pickled module, and not "
+            f"only tensors (or is no weights file at all); reading it could run code. {_CONVERT}"
+        ) from error
+    except Exception as error:  # torch's unpickler fails on foreign bytes in any way
+        raise CheckpointError(
+            f"{path}: not a weights file that can be read (safetensors, a torch state dict, an "
+            f"open_clip checkpoint or OpenAI's archive is expected): {error}"
+        ) from error
+
+
+def _unwrap(found: Any, path: Path) -> dict[str, Tensor]:
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(f"{path}: expected a state dict, given {type(found).__name__}")
+    odd = [name for name, value in found.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise CheckpointError(
+            f"{path}: not tensors in its state dict: {_first([str(name) for name in odd])}"
+        )
+    for prefix in ("module.", "_orig_mod."):
+        if all(name.startswith(prefix) for name in found):
+            found = {name.removeprefix(prefix): value for name, value in found.items()}
+    return found
+
+
+# TorchScript archives: a zip with a pickle of attributes (data.pkl), storages (data/N), and code.
+# torch.jit.load would compile and run the code; here it is never even opened.
+
+
+class _Inert:
+    """Stands for an object of a class that only exists as code inside the archive."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+
+def _rebuild_tensor(
+    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+) -> Tensor:
+    return torch.as_strided(storage, size, stride, offset)
+
+
+def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
+    return data
+
+
+def _as_is(value: Any, *_: Any) -> Any:
+    return value
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    **{
+        ("torch.jit._pickle", name): _as_is
+        for name in (
+            "build_intlist",
+            "build_doublelist",
+            "build_boollist",
+            "build_tensorlist",
+            "restore_type_tag",
+        )
+    },
+    **{
+        ("torch", f"{name}Storage"): dtype
+        for name, dtype in {
+            "Double": torch.float64,
+            "Float": torch.float32,
+            "Half": torch.float16,
+            "BFloat16": torch.bfloat16,
+            "Long": torch.int64,
+            "Int": torch.int32,
+            "Short": torch.int16,
+            "Char": torch.int8,
+            "Byte": torch.uint8,
+            "Bool": torch.bool,
+        }.items()
+    },
+}
+
+
+class _ArchiveUnpickler(pickle.Unpickler):
+    """Reads data.pkl: tensors and inert objects, nothing else can be named."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
+        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
+        self._inert: type[_Inert] = type("_Inert", (_Inert,), {})  # its own: BUILD may write to it
+        self._archive = archive
+        self._root = root
+        self._storages: dict[str, Tensor] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.split(".")[0] == "__torch__":
+            return self._inert
+        try:
+            return _ALLOWED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it names {module}.{name}") from None
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        kind, dtype, key, _device, _count = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError(f"unknown record {kind!r}")
+        if key not in self._storages:
+            content = bytearray(self._archive.read(f"{self._root}/data/{key}"))
+            self._storages[key] = (
+                torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+            )
+        return self._storages[key]
+
+
+def _is_torchscript(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    return any(name.endswith("/constants.pkl") for name in names)
+
+
+def _read_torchscript(path: Path) -> dict[str, Tensor]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (data,) = (
+                name
+                for name in archive.namelist()
+                if name.count("/") == 1 and name.endswith("/data.pkl")
+            )
+            module = _ArchiveUnpickler(archive, data.split("/")[0]).load()
+    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError) as error:
+        raise CheckpointError(
+            f"{path}: refused, not a plain TorchScript archive: {error}. {_CONVERT}"
+        ) from error
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{path}: damaged TorchScript archive: {error}") from error
+    weights: dict[str, Tensor] = {}
+    _collect(module, "", weights)
+    return weights
+
+
+def _collect(module: Any, prefix: str, weights: dict[str, Tensor]) -> None:
+    """Flatten a tree of inert objects to state dict names."""
+    for name, value in vars(module).items() if isinstance(module, _Inert) else ():
+        if isinstance(value, Tensor):
+            weights[prefix + name] = value
+        elif isinstance(value, _Inert):
+            _collect(value, f"{prefix}{name}.", weights)

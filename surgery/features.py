@@ -1,0 +1,159 @@
+"""From tokens and texts to similarities, maps and points: the formulas of CLIP Surgery.
+
+All are computed in float32 even under autocast (float64 stays float64), and normalise the
+features they are given themselves.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from surgery.towers import widen
+
+
+def similarity(patch_tokens: Tensor, text: Tensor) -> Tensor:
+    """Cosine of patch tokens [B, N, C] with texts [T, C]: [B, N, T], in [-1, 1]."""
+    _check(patch_tokens, None, text)
+    with torch.autocast(patch_tokens.device.type, enabled=False):
+        return _unit(patch_tokens) @ _unit(text).T
+
+
+def feature_surgery(
+    patch_tokens: Tensor,
+    class_token: Tensor,
+    text: Tensor,
+    *,
+    redundant: Tensor | None = None,
+    tau: float = 2.0,
+    form: Literal["code", "paper"] = "code",
+) -> Tensor:
+    """Similarity of patches and texts without the features that all texts share.
+
+    patch_tokens [B, N, C]; class_token [B, C]; text [T, C]. Returns [B, N, T].
+
+    With unit vectors f (patch), c (class token), t (text), w = softmax over texts of tau c.t,
+    divided by its mean over texts (Section 3.3 of arXiv 2304.05653):
+        form "code" (as released):       w f.t - f.mean_t(w t)
+        form "paper" (Equations 8-11):     f.t - f.mean_t(w t)
+    The sums over channels are taken first, so that memory stays O(B N T).
+
+    redundant [1, C]: the feature of the empty text, for single texts: f.(t - redundant), with
+    neither weights nor form. Without it at least two texts are needed.
+    """
+    _check(patch_tokens, class_token, text)
+    if form not in ("code", "paper"):
+        raise ValueError(f"form={form!r}: expected 'code' or 'paper'")
+    with torch.autocast(patch_tokens.device.type, enabled=False):
+        f, t = _unit(patch_tokens), _unit(text)
+        if redundant is not None:
+            if redundant.shape != (1, text.shape[1]):
+                raise ValueError(
+                    f"redundant: expected [1, {text.shape[1]}], given {list(redundant.shape)}"
+                )
+            return f @ (t - _unit(redundant)).T
+        if len(text) == 1:
+            raise ValueError(
+                "one text has nothing to share with others, its similarity would be 0 everywhere; "
+                "pass redundant=backbone.encode_text(tokenizer([''])), the empty text's feature"
+            )
+        weights = (tau * _unit(class_token) @ t.T).softmax(dim=-1)
+        weights = weights / weights.mean(dim=-1, keepdim=True)
+        shared = f @ (weights @ t / len(t))[:, :, None]
+        scores = f @ t.T
+        if form == "code":
+            scores = scores * weights[:, None]
+        return scores - shared
+
+
+def similarity_map(
+    similarity: Tensor,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    *,
+    order: Literal["code", "paper"] = "code",
+) -> Tensor:
+    """Similarities [B, N, T] of a grid (h, w) as maps [B, T, H, W] in [0, 1]; size is (H, W).
+
+    order "code" (as released): each map is scaled to [0, 1] by its smallest and largest cell, and
+    then enlarged; "paper" (Equation 1): enlarged first. Enlarging is bilinear without corner
+    alignment. A constant map gives zeros.
+    """
+    if similarity.ndim != 3 or similarity.shape[1] != grid[0] * grid[1]:
+        raise ValueError(
+            f"similarity: expected [B, {grid[0] * grid[1]}, T] for grid {grid}, "
+            f"given {list(similarity.shape)}"
+        )
+    if order not in ("code", "paper"):
+        raise ValueError(f"order={order!r}: expected 'code' or 'paper'")
+    # Scaling first does not change what scaling last gives, but keeps constant maps constant.
+    maps = _min_max(widen(similarity).transpose(1, 2).unflatten(-1, grid))
+    maps = F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+    return maps if order == "code" else _min_max(maps)
+
+
+def similarity_to_points(
+    similarity: Tensor,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    *,
+    threshold: float = 0.8,
+    down_sample: int = 2,
+) -> tuple[Tensor, Tensor]:
+    """Prompt points for an interactive segmenter, from one text's similarity [N] on a grid (h, w).
+
+    The map is shrunk by `down_sample`, scaled to [0, 1], and the cells of at least `threshold`
+    (at most half of all) become positive points, as many of the weakest cells negative ones.
+    size: (H, W) of the image. Returns points [K, 2] int64, each (x, y) in pixels, and labels [K]
+    int64, 1 positive and 0 negative; positives first, both in rising order of score, as the
+    released `similarity_map_to_points` orders them.
+
+    Where that function has no answer: a grid that would shrink to a single cell is not shrunk,
+    and a constant map, which says nothing about where, gives no points.
+    """
+    if similarity.shape != (grid[0] * grid[1],):
+        raise ValueError(
+            f"similarity: expected [{grid[0] * grid[1]}] for grid {grid}, "
+            f"given {list(similarity.shape)}"
+        )
+    cells = _min_max(widen(similarity).view(1, 1, *grid))
+    height, width = (max(side // down_sample, 1) for side in grid)
+    if height * width == 1:
+        height, width = grid
+    cells = F.interpolate(cells, size=(height, width), mode="bilinear", align_corners=False)
+    scores = _min_max(cells)[0, 0].flatten()
+    order = scores.argsort(stable=True)
+    count = min(int((scores >= threshold).sum()), len(scores) // 2)
+    if not scores.any():
+        count = 0
+    chosen = torch.cat([order[len(order) - count :], order[:count]])
+    # Cell centres, cut to whole pixels; in integers, since (i + 0.5) * (W / w) may fall just short.
+    x = (2 * (chosen % width) + 1) * size[1] // (2 * width)
+    y = (2 * (chosen // width) + 1) * size[0] // (2 * height)
+    labels = torch.zeros_like(chosen)
+    labels[:count] = 1
+    return torch.stack([x, y], dim=1), labels
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(widen(x), dim=-1)
+
+
+def _min_max(maps: Tensor) -> Tensor:
+    """Each map [..., h, w] to [0, 1]; a constant one to 0."""
+    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    span = high - low
+    return (maps - low) / torch.where(span > 0, span, torch.ones_like(span))
+
+
+def _check(patch_tokens: Tensor, class_token: Tensor | None, text: Tensor) -> None:
+    if patch_tokens.ndim != 3:
+        raise ValueError(f"patch_tokens: expected [B, N, C], given {list(patch_tokens.shape)}")
+    batch, _, channels = patch_tokens.shape
+    if text.ndim != 2 or text.shape[1] != channels or not len(text):
+        raise ValueError(f"text: expected [T, {channels}], given {list(text.shape)}")
+    if class_token is not None and class_token.shape != (batch, channels):
+        raise ValueError(
+            f"class_token: expected [{batch}, {channels}], given {list(class_token.shape)}"
+        )

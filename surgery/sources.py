@@ -1,0 +1,203 @@
+"""From what a user names (`model`, `pretrained`) to an open_clip network and where its weights lie.
+
+Only here are open_clip's registries read; nothing is ever written into them.
+"""
+
+import difflib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.checkpoints import CheckpointError, file_sha256, load_weights, read_checkpoint
+
+log = logging.getLogger(__name__)
+
+_HUB = "hf-hub:"
+_RANDOM_SEED = 0
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """Where weights came from. name: tag, path, or "random"; path: the file read, if one."""
+
+    name: str
+    path: str | None = None
+
+    @cached_property
+    def sha256(self) -> str | None:
+        """Hex SHA-256 of the file; None for random weights."""
+        return None if self.path is None else file_sha256(self.path)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A built network with its weights, and what is known about both.
+
+    config: open_clip's model config. preprocess: its preprocessing config (mean, std, ...).
+    """
+
+    model: Any  # open_clip's classes carry no types
+    name: str
+    config: dict[str, Any]
+    checkpoint: CheckpointInfo
+    preprocess: dict[str, Any]
+
+
+def build(model: str, pretrained: str | None, quick_gelu: bool | None) -> Source:
+    """Build the named network and load the named weights; see `load_backbone`."""
+    import open_clip
+
+    if model.replace("/", "-") in open_clip.list_models():
+        model = model.replace("/", "-")  # OpenAI writes ViT-B/16
+    config, preprocess = _model_config(model)
+    path: str | None = None
+    tag: dict[str, Any] = {}
+    if pretrained is not None:
+        tag = open_clip.get_pretrained_cfg(model, pretrained)
+        if tag:
+            preprocess = {**preprocess, **tag}
+            path = _download(
+                f"{pretrained!r} weights of {model}", lambda: open_clip.download_pretrained(tag)
+            )
+        elif Path(pretrained).suffix or Path(pretrained).exists():
+            path = pretrained
+        else:
+            raise _unknown_weights(model, pretrained)
+    elif model.startswith(_HUB):
+        path = _download(f"the weights of {model}", lambda: _from_hub(model, None))
+    checkpoint = read_checkpoint(path) if path else None
+    if quick_gelu is None:
+        # OpenAI trained with quick GELU, whether or not the model's name says so.
+        from_weights = tag.get("quick_gelu", False) or (
+            checkpoint is not None and checkpoint.openai
+        )
+        quick_gelu = bool(config.get("quick_gelu", False) or from_weights)
+    config = {**config, "quick_gelu": quick_gelu}
+
+    network = _construct(config)
+    if checkpoint is None or path is None:
+        log.warning("%s has random weights (pretrained is null): maps mean nothing.", model)
+        info = CheckpointInfo("random")
+    else:
+        load_weights(network, checkpoint.weights, source=path)
+        info = CheckpointInfo(pretrained or model, path)
+    return Source(network, model, config, info, preprocess)
+
+
+def tokenizer(name: str, config: dict[str, Any]) -> Any:
+    """The stock open_clip tokenizer of a model; `config` is its model config."""
+    import open_clip
+    from open_clip.tokenizer import HFTokenizer
+
+    if name in open_clip.list_models() or name.startswith(_HUB):
+        return open_clip.get_tokenizer(name)
+    text = config["text_cfg"]
+    options = dict(text.get("tokenizer_kwargs") or {})
+    context = text.get("context_length", 77)
+    if text.get("hf_tokenizer_name"):
+        return HFTokenizer(
+            text["hf_tokenizer_name"],
+            context_length=context,
+            tokenizer_mode=text.get("tokenizer_mode"),
+            **options,
+        )
+    return open_clip.SimpleTokenizer(context_length=context, **options)
+
+
+def _model_config(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A model's config and what is known of its preprocessing."""
+    import open_clip
+
+    if model.startswith(_HUB):
+        found = _download(
+            f"the config of {model}", lambda: _from_hub(model, "open_clip_config.json")
+        )
+        return _read_config(Path(found))
+    if model in open_clip.list_models():
+        return open_clip.get_model_config(model), {}
+    if Path(model).is_file():
+        return _read_config(Path(model))
+    names = open_clip.list_models()
+    near = difflib.get_close_matches(model, names, n=5, cutoff=0.5)
+    kind = "no such config file" if model.endswith(".json") else "no such model"
+    hint = f"near: {', '.join(near)}" if near else f"open_clip knows {len(names)} names"
+    raise ValueError(
+        f"{kind}: {model!r} ({hint}). Give an open_clip model name, or the path of an open_clip "
+        "JSON config."
+    )
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON config ({error})") from error
+    preprocess: dict[str, Any] = {}
+    if isinstance(content, dict) and "model_cfg" in content:
+        content, preprocess = content["model_cfg"], content.get("preprocess_cfg") or {}
+    needed = ("embed_dim", "vision_cfg", "text_cfg")
+    missing = [key for key in needed if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise ValueError(f"{path}: not an open_clip model config, missing {', '.join(missing)}")
+    return content, preprocess
+
+
+def _construct(config: dict[str, Any]) -> nn.Module:
+    """An open_clip network with random weights that are the same in every process."""
+    from open_clip.model import CLIP, CustomTextCLIP
+
+    config = json.loads(json.dumps(config))  # open_clip edits nested dicts in place
+    custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
+    supported = (
+        "supported are open_clip's own VisionTransformer with a class token "
+        "(ViT-B-16, ViT-L-14, ...) and ModifiedResNet (RN50, RN101, ...)"
+    )
+    vision = config["vision_cfg"]
+    if vision.get("timm_model_name"):
+        raise ValueError(f"timm image towers ({vision['timm_model_name']}): {supported}")
+    if "multimodal_cfg" in config or vision.get("attentional_pool"):
+        raise ValueError(f"image towers with an attention pooler (CoCa): {supported}")
+    if vision.get("pool_type", "tok") != "tok":
+        raise ValueError(f"image towers that pool by {vision['pool_type']!r}: {supported}")
+    if "hf_model_name" in config["text_cfg"]:
+        config["text_cfg"]["hf_model_pretrained"] = False
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_RANDOM_SEED)
+        network = (CustomTextCLIP if custom else CLIP)(**config)
+    blocks = getattr(getattr(network.visual, "transformer", None), "resblocks", None)
+    if blocks is not None and not isinstance(blocks[0].attn, nn.MultiheadAttention):
+        raise ValueError(f"image towers with custom attention blocks: {supported}")
+    return network
+
+
+def _from_hub(model: str, filename: str | None) -> str:
+    from open_clip.pretrained import download_pretrained_from_hf
+
+    return str(download_pretrained_from_hf(model.removeprefix(_HUB), filename=filename))
+
+
+def _download(what: str, fetch: Callable[[], Any]) -> str:
+    try:
+        return str(fetch())
+    except Exception as error:  # open_clip and its hub client raise many kinds
+        raise RuntimeError(
+            f"downloading {what} failed ({type(error).__name__}: {error}). Without a connection, "
+            "give the path of a weights file as `pretrained` (.safetensors, or .pt)."
+        ) from error
+
+
+def _unknown_weights(model: str, pretrained: str) -> CheckpointError:
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    known = f"{model} has the tags {', '.join(tags)}" if tags else f"{model} has no tags"
+    return CheckpointError(
+        f"pretrained={pretrained!r} is neither a tag of the model nor a file. {known}."
+    )

@@ -1,0 +1,256 @@
+"""Weights in every format, and files that are refused."""
+
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from surgery import load_backbone
+from surgery.checkpoints import CheckpointError, file_sha256, read_checkpoint
+
+
+@pytest.fixture
+def weights(folder):
+    return {name: value.float() for name, value in load_file(folder / "vit.safetensors").items()}
+
+
+@pytest.fixture
+def config(folder):
+    return str(folder / "vit.json")
+
+
+class Node(nn.Module):
+    """A module made of a state dict, so that names are as in OpenAI's archives."""
+
+    def __init__(self, weights):
+        super().__init__()
+        children = {}
+        for name, value in weights.items():
+            head, _, rest = name.partition(".")
+            if rest:
+                children.setdefault(head, {})[rest] = value
+            elif value.is_floating_point():
+                self.register_parameter(head, nn.Parameter(value, requires_grad=False))
+            else:
+                self.register_buffer(head, value)
+        for name, inner in children.items():
+            self.add_module(name, Node(inner))
+
+    def forward(self, x):
+        return x * self.logit_scale
+
+
+def archive(path, weights):
+    extra = {name: torch.tensor(77) for name in ("input_resolution", "context_length")}
+    module = Node({**weights, **extra, "vocab_size": torch.tensor(600)})
+    torch.jit.trace(module, torch.ones(1)).save(path)
+
+
+class Touch:
+    """Unpickling it runs code: it would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def tokens(backbone, reference):
+    return backbone.encode_image(reference("inputs")["images_vit"]).patch_tokens
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "as_published"])
+@pytest.mark.parametrize("kind", ["safetensors", "state_dict", "legacy", "training", "archive"])
+def test_every_format(kind, half, weights, config, folder, tmp_path, reference):
+    if half:
+        weights = load_file(folder / "vit.safetensors")
+    path = tmp_path / f"weights.{'safetensors' if kind == 'safetensors' else 'pt'}"
+    if kind == "safetensors":
+        save_file(weights, path)
+    elif kind == "archive":
+        archive(path, weights)
+    elif kind == "training":
+        prefixed = {f"module.{name}": value for name, value in weights.items()}
+        optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3}]}
+        content = {"epoch": 3, "name": "x", "state_dict": prefixed, "optimizer": optimizer}
+        torch.save(content, path)
+    else:
+        torch.save(weights, path, _use_new_zipfile_serialization=kind != "legacy")
+    backbone = load_backbone(config, str(path))
+    assert all(value.dtype != torch.float16 for value in backbone.state_dict().values())
+    expected = reference("vit")["image_tokens_cs"][:, 1:]
+    torch.testing.assert_close(tokens(backbone, reference), expected, rtol=0, atol=2e-5)
+    assert backbone.checkpoint.path == str(path)
+    assert backbone.checkpoint.sha256 == file_sha256(path)
+
+
+def test_archive_equals_what_torch_reads(weights, tmp_path):
+    weights["visual.conv1.weight"] = weights["visual.conv1.weight"].to(torch.bfloat16)
+    archive(tmp_path / "model.pt", weights)
+    read = read_checkpoint(tmp_path / "model.pt")
+    assert read.openai
+    assert read.weights.keys() == weights.keys()
+    for name, value in weights.items():
+        assert read.weights[name].dtype == value.dtype
+        assert torch.equal(read.weights[name], value), name
+
+
+def test_quick_gelu_follows_weights_config_and_wish(weights, config, tmp_path, folder):
+    import json
+
+    plain = json.loads((folder / "vit.json").read_text()) | {"quick_gelu": False}
+    wrapped = tmp_path / "open_clip_config.json"
+    preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    wrapped.write_text(json.dumps({"model_cfg": plain, "preprocess_cfg": preprocess}))
+    archive(tmp_path / "model.pt", weights)
+    torch.save(weights, tmp_path / "state.pt")
+    for path, wish, expected in (
+        ("model.pt", None, "QuickGELU"),
+        ("model.pt", False, "GELU"),
+        ("state.pt", None, "GELU"),
+        ("state.pt", True, "QuickGELU"),
+    ):
+        backbone = load_backbone(str(wrapped), str(tmp_path / path), quick_gelu=wish)
+        for tower in (backbone.model.visual, backbone.model):
+            assert type(tower.transformer.resblocks[0].mlp.gelu).__name__ == expected
+    assert (backbone.mean, backbone.std) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    assert type(load_backbone(config).model.visual.transformer.resblocks[0].mlp.gelu).__name__ == (
+        "QuickGELU"
+    )
+
+
+@pytest.mark.parametrize("whole", ["module", "nested", "plain_pickle"])
+def test_pickles_are_refused_and_never_run(whole, config, tmp_path):
+    path, trap = tmp_path / "model.pt", tmp_path / "trap"
+    if whole == "module":
+        torch.save(nn.Linear(2, 2), path)
+    elif whole == "nested":
+        torch.save({"state_dict": {"a": torch.zeros(1), "b": Touch(trap)}}, path)
+    else:
+        path.write_bytes(pickle.dumps(Touch(trap)))
+    with pytest.raises(CheckpointError, match=r"model.pt: refused.*torch.save\(model.state_dict"):
+        load_backbone(config, str(path))
+    assert not trap.exists()
+
+
+def test_archive_with_a_trap_is_refused(weights, tmp_path):
+    archive(tmp_path / "good.pt", weights)
+    trap, bad = tmp_path / "trap", tmp_path / "bad.pt"
+    with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(bad, "w") as out:
+        for name in good.namelist():
+            content = good.read(name)
+            if name.count("/") == 1 and name.endswith("/data.pkl"):
+                content = pickle.dumps(Touch(trap), protocol=2)
+            out.writestr(name, content)
+    with pytest.raises(CheckpointError, match=r"bad.pt: refused.*names (posix|nt).mkdir"):
+        read_checkpoint(bad)
+    assert not trap.exists()
+
+
+def test_code_in_an_archive_is_not_even_read(weights, tmp_path):
+    archive(tmp_path / "good.pt", weights)
+    broken = tmp_path / "broken.pt"
+    with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(broken, "w") as out:
+        for name in good.namelist():
+            out.writestr(name, b"not python" if "/code/" in name else good.read(name))
+    assert read_checkpoint(broken).weights.keys() == weights.keys()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value, weights, config, tmp_path):
+    weights["ln_final.weight"][5] = value
+    save_file(weights, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match=r"w\.safetensors.*not finite.*'ln_final.weight'"):
+        load_backbone(config, str(tmp_path / "w.safetensors"))
+
+
+def test_weights_of_another_model(weights, folder, config, tmp_path):
+    with pytest.raises(CheckpointError, match=r"rn\.safetensors.*keys missing.*keys unexpected"):
+        load_backbone(config, str(folder / "rn.safetensors"))
+    weights["visual.proj"] = torch.zeros(128, 32)
+    save_file(weights, tmp_path / "w.safetensors")
+    message = r"visual.proj: expected \[128, 64\], given \[128, 32\]"
+    with pytest.raises(CheckpointError, match=message):
+        load_backbone(config, str(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
+@pytest.mark.parametrize("content", [b"", b"text, not weights", b"\x08\0\0\0\0\0\0\0{]}{]}{]"])
+def test_files_that_are_no_weights(name, content, config, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=name):
+        load_backbone(config, str(tmp_path / name))
+
+
+def test_truncated_files(weights, config, tmp_path):
+    archive(tmp_path / "archive.pt", weights)
+    torch.save(weights, tmp_path / "state.pt")
+    save_file(weights, tmp_path / "w.safetensors")
+    for path in list(tmp_path.iterdir()):
+        path.write_bytes(path.read_bytes()[:-5000])
+        with pytest.raises(CheckpointError, match=path.name):
+            load_backbone(config, str(path))
+
+
+def test_names_that_do_not_exist(config, tmp_path):
+    with pytest.raises(ValueError, match=r"no such model: 'ViT-B16'.*ViT-B-16"):
+        load_backbone("ViT-B16")
+    with pytest.raises(ValueError, match="no such config file"):
+        load_backbone(str(tmp_path / "none.json"))
+    with pytest.raises(ValueError, match=r"'opanai' is neither a tag.*openai, laion400m_e31"):
+        load_backbone("ViT-B-16", "opanai")
+    with pytest.raises(CheckpointError, match=r"no such weights file: .*none\.pt"):
+        load_backbone(config, str(tmp_path / "none.pt"))
+    with pytest.raises(ValueError, match="expected one of raw, surgery"):
+        load_backbone(config, attention="surgrey")
+    with pytest.raises(ValueError, match="'clip' or 'released'"):
+        load_backbone(config, class_token="own")
+    with pytest.raises(ValueError, match=r"image size \(100, 100\)"):
+        load_backbone(config, image_size=100)
+
+
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [
+        ("ViT-B-16-SigLIP", "timm image towers"),
+        ("coca_ViT-B-32", "attention pooler"),
+        ("ViT-L-14-CLIPA", "pool by 'avg'"),
+    ],
+)
+def test_towers_without_support_name_those_with(model, what):
+    with pytest.raises(ValueError, match=rf"{what}.*ViT-B-16.*RN50"):
+        load_backbone(model)
+
+
+def test_download_that_fails(monkeypatch):
+    import open_clip
+
+    def fail(*_):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(open_clip, "download_pretrained", fail)
+    with pytest.raises(RuntimeError, match=r"downloading 'openai' weights of RN50 failed.*path"):
+        load_backbone("RN50", "openai")
+
+
+def test_config_that_is_none(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('{"embed_dim": 64}')
+    with pytest.raises(ValueError, match="missing vision_cfg, text_cfg"):
+        load_backbone(str(path))
+    path.write_text("{")
+    with pytest.raises(ValueError, match="not a JSON config"):
+        load_backbone(str(path))
+
+
+def test_registry_is_left_alone(config):
+    import open_clip
+
+    before = open_clip.list_models(), open_clip.get_model_config("ViT-B-16")
+    load_backbone(config)
+    assert before == (open_clip.list_models(), open_clip.get_model_config("ViT-B-16"))
