@@ -4,15 +4,58 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datamodules.ade20k import ADE20K
+    from datamodules.cityscapes import Cityscapes
+    from datamodules.coco import COCO
+    from datamodules.coco_object import COCOObject
+    from datamodules.coco_stuff import COCOStuff
+    from datamodules.gcc3m import GCC3M
+    from datamodules.imagenet_s import ImageNetS
+    from datamodules.images import Images
+    from datamodules.nus_wide import NUSWide
+    from datamodules.pascal_context import PascalContext
+    from datamodules.shapes import Shapes
     from datamodules.shards import ShardDataModule
     from datamodules.voc import VOC
 
-DATASETS = {"voc": "VOC"}
-"""Name under ``lightning shards`` -> DataModule class, in the module of that name."""
+DATASETS = {
+    "ade20k": "ADE20K",
+    "cityscapes": "Cityscapes",
+    "coco": "COCO",
+    "coco_object": "COCOObject",
+    "coco_stuff": "COCOStuff",
+    "gcc3m": "GCC3M",
+    "imagenet_s": "ImageNetS",
+    "images": "Images",
+    "nus_wide": "NUSWide",
+    "pascal_context": "PascalContext",
+    "shapes": "Shapes",
+    "voc": "VOC",
+}
+"""Name of a data set -> its DataModule, in the module of that name."""
+
+READ_AS_THEY_ARE = frozenset({"gcc3m", "images"})
+"""Those that ``lightning shards`` has nothing to convert of."""
 
 _HOMES = {"ShardDataModule": "shards", **{cls: name for name, cls in DATASETS.items()}}
 
-__all__ = ["DATASETS", "VOC", "ShardDataModule"]
+__all__ = [
+    "ADE20K",
+    "COCO",
+    "DATASETS",
+    "GCC3M",
+    "READ_AS_THEY_ARE",
+    "VOC",
+    "COCOObject",
+    "COCOStuff",
+    "Cityscapes",
+    "ImageNetS",
+    "Images",
+    "NUSWide",
+    "PascalContext",
+    "Shapes",
+    "ShardDataModule",
+]
 
 
 def __getattr__(name: str) -> Any:

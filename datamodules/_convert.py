@@ -23,8 +23,9 @@ from PIL import Image
 from tqdm import tqdm
 from webdataset import TarWriter
 
+from datamodules._decode import read_index_png
 from datamodules._tar import BadSample
-from datamodules.samples import VOID, DatasetInfo
+from datamodules.samples import DatasetInfo
 from datamodules.shards import read_dataset_json
 
 Members = dict[str, str | bytes]
@@ -45,7 +46,7 @@ class Source:
         read: members (name -> bytes) of one sample, ``__key__`` among them as text; raises for a
             sample that can't be used.
         bad: samples known to be unusable before any was read, as (key, reason).
-        extra: further facts for ``dataset.json``.
+        extra: further facts for ``dataset.json``, such as the variant of the layout that was found.
     """
 
     info: DatasetInfo
@@ -123,8 +124,10 @@ def write_shards(
         "dataset": source.info.name,
         "split": source.split,
         "classes": list(source.info.classes),
+        "prompts": list(source.info.prompts),
         "palette": [list(colour) for colour in source.info.palette],
         "background": source.info.background,
+        "labels": source.info.labels,
         "samples": sum(s.samples for s in shards),
         **source.extra,
         "shards": [{k: v for k, v in asdict(s).items() if k != "bad"} for s in shards],
@@ -170,7 +173,8 @@ def _finished(output: Path, name: str, identity: str) -> ShardFacts | None:
 
 
 def _identity(source: Source, items: Sequence[Any]) -> str:
-    text = repr((source.info.name, source.split, [str(item) for item in items]))
+    what = (source.info.name, source.split, sorted(source.extra.items()))
+    text = repr((*what, [str(item) for item in items]))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -180,7 +184,7 @@ def _item_key(item: Any) -> str:
 
 def _without_items(source: Source) -> Source:
     # each worker gets its shard's items; sending it all of them would cost more than the work
-    return Source(source.info, source.split, (), source.read)
+    return Source(source.info, source.split, (), source.read, extra=source.extra)
 
 
 def _publish(path: Path, data: bytes) -> None:
@@ -204,35 +208,83 @@ def sample_members(info: DatasetInfo, image_id: str, image: Path, label: np.ndar
     Raises:
         BadSample: the sizes differ, or a label is out of range.
     """
-    with Image.open(image) as picture:
-        width, height = picture.size
-        picture.load()
+    width, height = image_size(image)
     if label.shape != (height, width):
         raise BadSample(
             f"mask is {label.shape[1]}x{label.shape[0]}, image {image} is {width}x{height}"
         )
-    values = [int(v) for v in np.unique(label) if v != VOID]
+    values = [int(v) for v in np.unique(label) if v != info.void]
     first, top = info.label_value(0), info.label_value(len(info.classes) - 1)
     if any(v > top for v in values):
         raise BadSample(f"label value {max(values)} is above {top}")
-    record = {
-        "id": image_id,
-        "width": width,
-        "height": height,
-        "positives": [v - first for v in values if v >= first],
-    }
+    positives = [v - first for v in values if v >= first]
+    record = {"id": image_id, "width": width, "height": height, "positives": positives}
     return {
-        "__key__": image_id.replace(".", "_"),  # webdataset ends a key at its first dot
-        image.suffix[1:].lower(): image.read_bytes(),
-        "label.png": png_bytes(label, info.flat_palette()),
+        **image_members(image_id, image),
+        "label.png": png_bytes(label.astype(info.label_type), info.flat_palette()),
         "json": json_bytes(record),
     }
 
 
+def image_members(image_id: str, image: Path) -> Members:
+    """Key and image of a sample; the file's bytes as they are."""
+    return {
+        "__key__": image_id.replace(".", "_"),  # webdataset ends a key at its first dot
+        image.suffix[1:].lower(): image.read_bytes(),
+    }
+
+
+def image_size(image: Path) -> tuple[int, int]:
+    """(width, height) of an image that can be read to its end.
+
+    Raises:
+        BadSample: it isn't there, or is broken.
+    """
+    try:
+        with Image.open(image) as picture:
+            picture.load()
+            return picture.size
+    except FileNotFoundError:
+        raise BadSample(f"{image} is missing") from None
+    except OSError as error:
+        raise BadSample(f"{image} can't be read: {error}") from None
+
+
+def label_of(mask: Path) -> np.ndarray:
+    """Values [H,W] of a label PNG.
+
+    Raises:
+        BadSample: it isn't there, or is broken.
+    """
+    try:
+        return read_index_png(mask.read_bytes())
+    except FileNotFoundError:
+        raise BadSample(f"{mask} is missing") from None
+    except OSError as error:
+        raise BadSample(f"{mask} can't be read: {error}") from None
+
+
+def mapped(label: np.ndarray, table: np.ndarray, mask: Path) -> np.ndarray:
+    """Values of ``label`` [H,W] looked up in ``table`` [n], where -1 stands for what may not occur.
+
+    Raises:
+        BadSample: such a value occurs; names the file ``mask``.
+    """
+    known = np.flatnonzero(table >= 0)
+    wrong = np.setdiff1d(label, known)
+    if wrong.size:
+        raise BadSample(f"{mask} has unknown values {wrong[:8].tolist()}")
+    return table[label].astype(np.uint8)
+
+
 def png_bytes(indices: np.ndarray, palette: list[int]) -> bytes:
-    """Palette PNG of label values [H,W] uint8."""
+    """Palette PNG of label values [H,W] uint8, or 16-bit PNG of uint16.
+
+    ``palette`` must reach the largest value: larger ones would lose their upper bits.
+    """
     image = Image.fromarray(indices)
-    image.putpalette(palette)
+    if indices.dtype == np.uint8:
+        image.putpalette(palette)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
@@ -249,10 +301,22 @@ def need_folder(folder: Path, layout: str) -> None:
     Raises:
         SourceError: it doesn't; shows the expected ``layout`` and what is found instead.
     """
-    if folder.exists():
-        return
-    nearest = next(p for p in folder.parents if p.exists())
+    first_of((folder,), layout)
+
+
+def first_of(places: Sequence[Path], layout: str) -> Path:
+    """The first of ``places`` that exists.
+
+    Raises:
+        SourceError: none does; shows the expected ``layout`` and what is found instead.
+    """
+    for place in places:
+        if place.exists():
+            return place
+    nearest = next(p for p in places[0].parents if p.exists())
     found = ", ".join(sorted(p.name for p in nearest.iterdir())[:12]) or "nothing"
+    others = f" (nor {', '.join(str(p) for p in places[1:])})" if places[1:] else ""
     raise SourceError(
-        f"{folder} does not exist.\nExpected --source to hold:\n{layout}\nFound in {nearest}: {found}"
+        f"{places[0]} does not exist{others}.\nExpected --source to hold:\n{layout}\n"
+        f"Found in {nearest}: {found}"
     )

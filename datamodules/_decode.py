@@ -5,21 +5,22 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from datamodules._tar import BadSample, Entry, read_member
+from datamodules._tar import BadSample, Entry, Span, read_member
 from datamodules.samples import VOID, DatasetInfo, Sample
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
+IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "avif")
 LABEL = "label.png"
 MASK = "mask.png"
 MAX_IMAGE_BYTES = 512 << 20
 MAX_TEXT_BYTES = 1 << 20
 MAX_PIXELS = 100_000_000
+MAX_LONG_SIDE = 2048
 _EXIF_ORIENTATION = 0x0112
 
 
@@ -29,19 +30,26 @@ class Decoder:
 
     Args:
         info: the data set; gives the label values that may occur.
-        size: (height, width) to which images are squashed: bicubic, antialiased, no crop, as in the
-            paper.
+        size: (height, width) of the images: bicubic, antialiased, no crop.
         max_pixels: larger images are refused before they are unpacked.
         need_label: whether a sample without its label is an error.
+        resize: ``squash`` gives every image this size, as in the paper. ``short_side`` keeps the
+            aspect ratio up to rounding: the shorter side gets the smaller of ``size``, but the
+            longer one not more than 2048.
+        multiple: (height, width) of a patch; ``short_side`` rounds to multiples of it.
+        keep_original: also give the image as it was before it was resized.
     """
 
     info: DatasetInfo
     size: tuple[int, int]
     max_pixels: int
     need_label: bool = True
+    resize: Literal["squash", "short_side"] = "squash"
+    multiple: tuple[int, int] = (1, 1)
+    keep_original: bool = False
 
-    def __call__(self, path: str, entry: Entry) -> Sample:
-        """Decode one sample of the shard at ``path``.
+    def __call__(self, entry: Entry) -> Sample:
+        """Decode one sample.
 
         Raises:
             BadSample: with the reason; any other exception is a defect of the sample just as well.
@@ -49,60 +57,73 @@ class Decoder:
         if entry.defect:
             raise BadSample(entry.defect)
         members = entry.members
-        record = (
-            _json(read_member(path, members["json"], MAX_TEXT_BYTES)) if "json" in members else {}
-        )
+        record = _json(read_member(members["json"], MAX_TEXT_BYTES)) if "json" in members else {}
         caption = None
         if "txt" in members:
-            caption = read_member(path, members["txt"], MAX_TEXT_BYTES).decode("utf-8", "replace")
+            caption = read_member(members["txt"], MAX_TEXT_BYTES).decode("utf-8", "replace")
         extension = next((e for e in IMAGES if e in members), None)
         if extension is None:
             raise BadSample(f"no image: its members are {sorted(members)}")
-        label = self._label(path, members)
-        data = read_member(path, members[extension], MAX_IMAGE_BYTES)
+        label = self._label(members)
+        data = read_member(members[extension], MAX_IMAGE_BYTES)
         image = open_image(data, self.max_pixels, None if label is None else label.shape[-2:])
         size = (image.height, image.width)
+        if label is None and self.info.labels == "mask":
+            if record.get("positives") == []:  # one mask a positive label, and there is none
+                label = np.zeros((0, *size), np.uint8)
+            elif self.need_label:
+                raise BadSample(f"no label: its members are {sorted(members)}")
         if label is not None and label.shape[-2:] != size:
             raise BadSample(
                 f"the label is {label.shape[-1]}x{label.shape[-2]}, "
                 f"the image is {image.width}x{image.height}"
             )
-        resized = image.resize((self.size[1], self.size[0]), Image.Resampling.BICUBIC)
+        height, width = self.target_size(size)
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
         positives = self._positives(record, label)
         return Sample(
             key=entry.key,
-            image=torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1).contiguous(),
+            image=_pixels(resized),
             size=size,
             label=None if label is None else torch.from_numpy(label),
             positives=positives,
             caption=caption,
             record=record,
+            original=_pixels(image) if self.keep_original else None,
         )
 
-    def _label(self, path: str, members: dict[str, tuple[int, int]]) -> np.ndarray | None:
-        masks = sorted(e for e in members if e.endswith(MASK) and e != LABEL)
+    def target_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) that an image of ``size`` is resized to."""
+        if self.resize == "squash":
+            return self.size
+        scale = min(min(self.size) / min(size), MAX_LONG_SIDE / max(size))
+        height, width = (
+            max(round(side * scale / step), 1) * step
+            for side, step in zip(size, self.multiple, strict=True)
+        )
+        return height, width
+
+    def _label(self, members: dict[str, Span]) -> np.ndarray | None:
         if LABEL in members:
-            label = read_index_png(
-                read_member(path, members[LABEL], MAX_IMAGE_BYTES), self.max_pixels
-            )
+            label = read_index_png(read_member(members[LABEL], MAX_IMAGE_BYTES), self.max_pixels)
             self._check_range(label)
-            return label
-        if masks:
-            spans = [members[e] for e in masks]
-            return np.stack(
-                [
-                    read_index_png(read_member(path, s, MAX_IMAGE_BYTES), self.max_pixels)
-                    for s in spans
-                ]
-            )
-        if self.need_label and self.info.labels == "mask":
-            raise BadSample(f"no label: its members are {sorted(members)}")
-        return None
+            return label if label.dtype == np.uint8 else label.astype(np.int32)
+        names = sorted(e for e in members if e.endswith(MASK))
+        masks = [
+            read_index_png(read_member(members[name], MAX_IMAGE_BYTES), self.max_pixels)
+            for name in names
+        ]
+        for name, mask in zip(names, masks, strict=True):
+            if mask.shape != masks[0].shape:
+                raise BadSample(f"{name} and {names[0]} differ in size")
+            if not np.isin(mask, (0, 1, VOID)).all():
+                raise BadSample(f"{name} has values other than 0, 1 and {VOID}")
+        return np.stack(masks) if masks else None
 
     def _check_range(self, label: np.ndarray) -> None:
-        counts = np.bincount(label.ravel(), minlength=VOID + 1)
         top = self.info.label_value(len(self.info.classes) - 1)
-        wrong = [int(v) for v in np.flatnonzero(counts) if v > top and v != VOID]
+        values = np.flatnonzero(np.bincount(label.ravel()))
+        wrong = [int(v) for v in values if v > top and v != self.info.void]
         if wrong:
             raise BadSample(
                 f"label values {wrong[:8]} are above {top}, the last class of {self.info.name}"
@@ -112,9 +133,9 @@ class Decoder:
         self, record: dict[str, Any], label: np.ndarray | None
     ) -> tuple[int, ...] | None:
         if label is not None and label.ndim == 2:
-            values = np.flatnonzero(np.bincount(label.ravel(), minlength=VOID + 1)[:VOID])
+            values = np.flatnonzero(np.bincount(label.ravel()))
             first = self.info.label_value(0)
-            return tuple(int(v) - first for v in values if v >= first)
+            return tuple(int(v) - first for v in values if v >= first and v != self.info.void)
         stored = record.get("positives")
         if stored is None:
             return None
@@ -128,6 +149,10 @@ class Decoder:
         return tuple(stored)
 
 
+def _pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()
+
+
 def _json(data: bytes) -> dict[str, Any]:
     record = json.loads(data)
     if not isinstance(record, dict):
@@ -136,9 +161,11 @@ def _json(data: bytes) -> dict[str, Any]:
 
 
 def read_index_png(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Label values [H,W] uint8 of a palette or grayscale PNG."""
+    """Label values [H,W] of a palette or grayscale PNG: uint8, or uint16 of a 16-bit one."""
     with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
         _check_pixels(image, max_pixels)
+        if image.mode.startswith("I"):
+            return np.array(image).astype(np.uint16)
         if image.mode not in ("P", "L", "1"):
             raise BadSample(f"its label PNG has mode {image.mode}, expected indices (P or L)")
         return np.array(image, dtype=np.uint8)
@@ -153,13 +180,18 @@ def open_image(
     Transparency is laid on white, as a viewer would show it. 16-bit gray is scaled to 8 bits.
 
     Raises:
-        BadSample: more than ``max_pixels`` pixels.
-        OSError: not a picture, or cut off.
+        BadSample: not a picture, or more than ``max_pixels`` pixels.
+        OSError: it is cut off.
     """
     # Pillow's own limit would refuse what a raised max_pixels allows; ours is checked just below,
     # before anything is unpacked.
     Image.MAX_IMAGE_PIXELS = None
-    image: Image.Image = Image.open(io.BytesIO(data))
+    if not data:
+        raise BadSample("the image file is empty")
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise BadSample("not a picture of a known format") from None
     _check_pixels(image, max_pixels)
     image.load()
     if image.getexif().get(_EXIF_ORIENTATION, 1) != 1 and label_size != (image.height, image.width):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
-from webdataset import gopen
+from webdataset.gopen import gopen
 
 from datamodules._tar import ShardError
 
@@ -75,7 +75,7 @@ class Spool:
         partial = Path(f"{path}.partial")
         for attempt in range(self.retries + 1):
             try:
-                with gopen.gopen(url, "rb") as source, open(partial, "wb") as target:
+                with gopen(url, "rb") as source, open(partial, "wb") as target:
                     packed = url.endswith((".gz", ".tgz"))
                     unpacked = gzip.GzipFile(fileobj=source) if packed else source
                     shutil.copyfileobj(unpacked, target, 1 << 20)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from webdataset.tariterators import base_plus_ext
 
@@ -24,12 +25,20 @@ class BadSample(Exception):
     """A sample can't be used; the message is the reason given in ``errors.jsonl``."""
 
 
+class Span(NamedTuple):
+    """Where the bytes of a member are: ``size`` bytes of a file, from ``offset`` on."""
+
+    path: str
+    offset: int
+    size: int
+
+
 @dataclass(frozen=True)
 class Entry:
     """One sample of a shard: where the bytes of each member are, or why it can't be used."""
 
     key: str
-    members: dict[str, tuple[int, int]]
+    members: dict[str, Span]
     defect: str = ""
 
 
@@ -73,11 +82,14 @@ def index_shard(path: str | Path) -> list[Entry]:
                     entries.append(Entry(key, {}, defect))
                     keys.add(key)
                 if extension:
-                    entries[-1].members[extension.lower()] = (member.offset_data, member.size)
+                    span = Span(str(path), member.offset_data, member.size)
+                    entries[-1].members[extension.lower()] = span
             end_of_members = tar.offset
         # tarfile also stops in silence where a file was cut between two members, or in a header;
         # a whole tar ends with blocks of zeros.
-        if read_member(path, (end_of_members, tarfile.BLOCKSIZE), size) != bytes(tarfile.BLOCKSIZE):
+        if read_member(Span(str(path), end_of_members, tarfile.BLOCKSIZE), size) != bytes(
+            tarfile.BLOCKSIZE
+        ):
             raise ShardError(f"{path} is cut off at its end: copy or convert it again")
     except FileNotFoundError:
         raise ShardError(f"{path} does not exist") from None
@@ -99,15 +111,14 @@ def _defect(key: str, member: tarfile.TarInfo) -> str:
     return ""
 
 
-def read_member(path: str | Path, span: tuple[int, int], limit: int) -> bytes:
-    """Bytes of one member, given its (offset, size).
+def read_member(span: Span, limit: int) -> bytes:
+    """Bytes of one member.
 
     Raises:
         BadSample: the member is larger than ``limit`` bytes.
     """
-    offset, size = span
-    if size > limit:
-        raise BadSample(f"a member has {size} bytes, more than the limit of {limit}")
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
+    if span.size > limit:
+        raise BadSample(f"a member has {span.size} bytes, more than the limit of {limit}")
+    with open(span.path, "rb") as file:
+        file.seek(span.offset)
+        return file.read(span.size)

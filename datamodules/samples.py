@@ -5,11 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 VOID = 255
 """Label value of pixels that count neither as foreground nor as background."""
+
+WIDE_VOID = 65535
+"""The same in the 16-bit label maps of data sets with more classes than a byte can tell apart."""
+
+
+class Wording(NamedTuple):
+    """The words a published evaluation gives a text encoder.
+
+    ``classes`` several synonyms a class, in index order; ``background`` what stands for everything
+    else.
+    """
+
+    classes: tuple[tuple[str, ...], ...]
+    background: tuple[str, ...] = ("background",)
 
 
 @dataclass(frozen=True)
@@ -26,6 +41,10 @@ class DatasetInfo:
         labels: what the truth of a sample is: ``"mask"`` (label maps, positive labels follow from
             them), ``"positives"`` (image-level labels only) or ``"none"``.
         captions: whether the samples have captions.
+        background_words: words for what is no class; where there are some, the background is a class
+            of its own in segmentation, and otherwise its pixels don't count there.
+        synonyms: all the words of each class, for tasks that take the best of them; led by
+            ``background_words`` where there are some. ``prompts`` alone if empty.
     """
 
     name: str
@@ -35,6 +54,8 @@ class DatasetInfo:
     background: bool = True
     labels: str = "mask"
     captions: bool = False
+    background_words: tuple[str, ...] = ()
+    synonyms: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -46,17 +67,35 @@ class DatasetInfo:
                 raise ValueError(
                     f"{self.name}: {len(self.classes)} classes but {len(getattr(self, what))} {what}"
                 )
+        if self.synonyms and len(self.synonyms) != len(self.classes) + bool(self.background_words):
+            raise ValueError(
+                f"{self.name}: {len(self.classes)} classes but {len(self.synonyms)} synonyms"
+            )
+
+    @property
+    def void(self) -> int:
+        """Value of void pixels in a label map."""
+        return VOID if self.label_value(len(self.classes) - 1) < VOID else WIDE_VOID
+
+    @property
+    def label_type(self) -> type[np.uint8] | type[np.uint16]:
+        """Type of the values in a label map."""
+        return np.uint8 if self.void == VOID else np.uint16
 
     def label_value(self, index: int) -> int:
         """Value of class ``index`` in a label map."""
         return index + 1 if self.background else index
 
     def flat_palette(self) -> list[int]:
-        """RGB table for a palette PNG of label values: 256 x 3 numbers, void light grey."""
+        """RGB table for a palette PNG of label values: 256 x 3 numbers, void light grey.
+
+        16-bit label maps have no colours; of these classes only the first 255 are in the table.
+        """
         table = [0, 0, 0] * 256
-        for index, colour in enumerate(self.palette[:255]):
+        for index, colour in enumerate(self.palette):
             value = self.label_value(index)
-            table[3 * value : 3 * value + 3] = colour
+            if value < VOID:
+                table[3 * value : 3 * value + 3] = colour
         table[3 * VOID : 3 * VOID + 3] = (224, 224, 192)
         return table
 
@@ -86,9 +125,10 @@ class Sample(NamedTuple):
     """One decoded sample.
 
     ``image`` uint8 [3,S,S'], resized; ``size`` (height, width) of the upright original; ``label``
-    either a label map [H,W] or one mask a positive label [P,H,W] (1 foreground, 0 background, 255
-    void), both uint8 at the original size, or None; ``positives`` class indices, or None where
-    unknown; ``record`` the sample's json.
+    either a label map [H,W] (uint8, or int32 where label values need 16 bits; ``DatasetInfo.void``
+    is void) or one mask a positive label [P,H,W] (uint8; 1 foreground, 0 background, 255 void), both
+    at the original size, or None; ``positives`` class indices, or None where unknown; ``record`` the
+    sample's json; ``original`` uint8 [3,H,W], not resized, for tasks that ask for it.
     """
 
     key: str
@@ -98,13 +138,15 @@ class Sample(NamedTuple):
     positives: tuple[int, ...] | None
     caption: str | None
     record: dict[str, Any]
+    original: Tensor | None = None
 
 
 class Batch(NamedTuple):
     """Consecutive samples of one shard, never of two.
 
     A named tuple, not a dataclass: Lightning and torch then move and pin its tensors by themselves.
-    ``images`` is [B,3,S,S'] uint8; every list has B entries. ``errors`` lists the samples that
+    ``images`` is [B,3,S,S'] uint8, or a list of B tensors [3,S,S'] where ``--data.resize short_side``
+    left them different sizes; every list has B entries. ``errors`` lists the samples that
     would have been in this batch, so B may be smaller than the batch size, or 0. The batch stands
     for the samples from ``start`` on of the ``total`` in its shard (0 if the shard is unreadable).
     """
@@ -113,12 +155,13 @@ class Batch(NamedTuple):
     start: int
     total: int
     keys: list[str]
-    images: Tensor
+    images: Tensor | list[Tensor]
     sizes: list[tuple[int, int]]
     labels: list[Tensor | None]
     positives: list[tuple[int, ...] | None]
     captions: list[str | None]
     errors: list[SampleError]
+    originals: list[Tensor | None]
 
     @property
     def end(self) -> int:
@@ -134,17 +177,21 @@ class Batch(NamedTuple):
     def collate(
         cls, shard: str, start: int, total: int, samples: list[Sample], errors: list[SampleError]
     ) -> Batch:
-        """Stack the images of ``samples``; labels keep their own sizes."""
-        empty = torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
+        """Stack the images of ``samples`` if they have one size; labels keep their own sizes."""
+        images: Tensor | list[Tensor] = [s.image for s in samples]
+        if len({image.shape for image in images}) <= 1:
+            empty = torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
+            images = torch.stack(list(images)) if samples else empty
         return cls(
             shard=shard,
             start=start,
             total=total,
             keys=[s.key for s in samples],
-            images=torch.stack([s.image for s in samples]) if samples else empty,
+            images=images,
             sizes=[s.size for s in samples],
             labels=[s.label for s in samples],
             positives=[s.positives for s in samples],
             captions=[s.caption for s in samples],
             errors=errors,
+            originals=[s.original for s in samples],
         )

@@ -108,7 +108,7 @@ PREFIXES: Final[tuple[str, ...]] = (
 
 _SAMPLES: Final = 4  # per pixel and axis
 _REACH: Final = 1.15  # every shape lies in |u|, |v| <= _REACH whatever its rotation
-_MIN_VISIBLE: Final = 0.55  # of every object's own area, so that no caption names a hidden one
+_MIN_VISIBLE: Final = 0.65  # of every object's own area, so that no caption names a hidden one
 
 Field = NDArray[np.floating[Any]]  # float32 wherever pixels are made
 Bits = NDArray[np.bool_]
@@ -319,18 +319,18 @@ class _Item:
 
 def _place(draws: Draws, difficulty: float) -> list[_Item]:
     """Objects of different nouns, bottom one first, each at least `_MIN_VISIBLE` visible."""
-    count = 1 + int(draws.unit() * (1.0 + 3.0 * difficulty))
+    several = max(0.0, difficulty - 0.3) / 0.7
+    count = 1 + int(draws.unit() * (1.0 + 3.0 * several))
     nouns = draws.some(count, len(NOUNS))
     looks = _looks(draws, count, difficulty)
-    low, high = 0.85 - 0.55 * difficulty, 0.90 - 0.34 * difficulty
-    if count > 1:
-        low, high = 0.45 - 0.15 * difficulty, 0.56
+    low = max(0.85 - difficulty, 0.45 - 0.15 * difficulty)
+    high = max(0.90 - 0.85 * difficulty, 0.56)
     shrink = 1.0
     while True:  # ends: small enough objects always find a place
         items: list[_Item] = []
         for noun, (colour, rgb) in zip(nouns, looks, strict=True):
             extent = draws.between(low, high) * shrink
-            free = max(0.0, 1.0 - 0.7 * extent) * (difficulty if count == 1 else 1.0)
+            free = max(0.0, 1.0 - 0.85 * extent) * min(1.0, 2.5 * difficulty)
             turn = draws.between(-0.42, 0.42) * difficulty  # tan of half the angle: to 45 degrees
             norm = 1.0 + turn * turn
             items.append(
@@ -449,12 +449,14 @@ def _grounds(
     draws: Draws, items: Sequence[_Item], difficulty: float
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Two RGB colours in 0 ... 255, each different enough from every object's."""
-    ceiling = 25.0 + 170.0 * difficulty
+    ceiling = 25.0 + 115.0 * difficulty
     chosen: list[tuple[float, ...]] = []
     while len(chosen) < 2:
         rgb = tuple(draws.between(0.0, ceiling) for _ in range(3))
+        if chosen:  # of mild contrast with the first
+            rgb = tuple(0.5 * (a + b) for a, b in zip(rgb, chosen[0], strict=True))
         apart = min(sum(abs(a - b) for a, b in zip(rgb, i.rgb, strict=True)) for i in items)
-        if apart >= 150.0:
+        if apart >= 170.0:
             chosen.append(rgb)
         ceiling = ceiling * 0.98 + 0.5  # dark ground differs from every colour
     return chosen[0], chosen[1]
@@ -544,7 +546,7 @@ def draw_scene(
     for item in items:
         _paint(planes, label, item, span)
 
-    amplitude = 2.0 + 8.0 * difficulty
+    amplitude = 2.0 + 4.0 * difficulty
     noise = Draws(seed, index, 2).bytes(3, height, width).astype(np.float32)
     noise -= 127.5
     noise *= amplitude / 127.5

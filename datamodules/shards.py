@@ -6,20 +6,22 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from glob import escape, glob
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from braceexpand import braceexpand
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datamodules._decode import MAX_PIXELS, Decoder
+from datamodules._download import Archive
 from datamodules._remote import Spool, is_remote
 from datamodules._tar import BadSample, Entry, ShardError, index_shard
-from datamodules.samples import Batch, DatasetInfo, Sample, SampleError
+from datamodules._words import read_names, worded
+from datamodules.samples import Batch, DatasetInfo, Sample, SampleError, Wording
 
 
 class ShardStream(IterableDataset[Batch]):
@@ -53,11 +55,10 @@ class ShardStream(IterableDataset[Batch]):
         position = 0
         for name, url in self.shards:
             try:
-                with self.spool.local(url) as path:
-                    entries = index_shard(path)
+                with self._entries(url) as entries:
                     for start in range(0, len(entries), self.batch_size) or range(1):
                         if position % turns == turn:
-                            yield self._batch(name, str(path), entries, start)
+                            yield self._batch(name, entries, start)
                         position += 1
             except ShardError as error:
                 if position % turns == turn:
@@ -65,12 +66,17 @@ class ShardStream(IterableDataset[Batch]):
                     yield Batch.collate(name, 0, 0, [], errors)
                 position += 1
 
-    def _batch(self, name: str, path: str, entries: list[Entry], start: int) -> Batch:
+    @contextmanager
+    def _entries(self, url: str) -> Iterator[list[Entry]]:
+        with self.spool.local(url) as path:
+            yield index_shard(path)
+
+    def _batch(self, name: str, entries: list[Entry], start: int) -> Batch:
         samples: list[Sample] = []
         errors: list[SampleError] = []
         for entry in entries[start : start + self.batch_size]:
             try:
-                samples.append(self.decoder(path, entry))
+                samples.append(self.decoder(entry))
             except BadSample as error:
                 errors.append(SampleError(name, entry.key, str(error)))
             except Exception as error:  # a stranger's bytes may break any decoder in any way
@@ -88,16 +94,35 @@ class ShardDataModule(LightningDataModule):
         batch_size: images a batch.
         num_workers: loader processes of each rank; by default the cores of this machine shared among
             its ranks, at most 8.
-        image_size: side, or (height, width), to which images are squashed; by default the model's own.
-        names: words to use for the classes instead of the data set's own, in the same order.
+        image_size: side, or (height, width), of the images; by default the model's own.
+        resize: ``squash`` to that size, as in the paper, or ``short_side``: the shorter side gets that
+            size and the aspect ratio is kept, rounded to whole patches.
+        names: words to use for the classes instead of the data set's own, in the same order: a list,
+            or a text file with one a line.
+        synonyms: the wording of the classes: ``none`` (one readable wording a class), ``raw`` (the
+            official names as they are spelled), or that of a published evaluation, where the data set
+            knows it.
+        background: whether the background is a class of its own in segmentation; by default as
+            usual for the data set.
         on_error: ``skip`` lists a bad sample in ``errors.jsonl`` and goes on, ``raise`` stops.
         max_error_rate: share of bad samples, of all those seen so far, above which a run stops at
             the end of a shard; of 1,000 if fewer were seen.
         max_pixels: pictures with more pixels are bad samples; they are not unpacked.
         allow_pipe: accept ``pipe:`` shards, which run a shell command.
+        part: number, from 0, of the part of the shards that this run does, for jobs which know nothing
+            of each other and share one run's folder.
+        parts: how many such jobs there are.
     """
 
     info: DatasetInfo
+    wordings: ClassVar[Mapping[str, Wording]] = {}
+    """What ``synonyms`` offers besides ``none`` and ``raw``."""
+    layout: ClassVar[str] = ""
+    """The tree that ``source`` expects."""
+    archives: ClassVar[tuple[Archive, ...]] = ()
+    """What ``--download`` fetches."""
+    registration: ClassVar[str] = ""
+    """Where to get what may not be downloaded without registering."""
 
     def __init__(
         self,
@@ -105,33 +130,40 @@ class ShardDataModule(LightningDataModule):
         batch_size: int = 8,
         num_workers: int | None = None,
         image_size: int | tuple[int, int] | None = None,
-        names: list[str] | None = None,
+        resize: Literal["squash", "short_side"] = "squash",
+        names: list[str] | str | None = None,
+        synonyms: str = "none",
+        background: bool | None = None,
         on_error: Literal["skip", "raise"] = "skip",
         max_error_rate: float = 0.01,
         max_pixels: int = MAX_PIXELS,
         allow_pipe: bool = False,
+        part: int = 0,
+        parts: int = 1,
     ) -> None:
         super().__init__()
+        if not 0 <= part < parts:
+            raise ValueError(
+                f"--data.part counts from 0 to --data.parts - 1, got {part} of {parts}"
+            )
         if batch_size < 1:
             raise ValueError(f"--data.batch_size must be at least 1, got {batch_size}")
         if not 0 <= max_error_rate <= 1:
             raise ValueError(f"--data.max_error_rate is a share in [0, 1], got {max_error_rate}")
-        if names is not None and self.info.classes and len(names) != len(self.info.classes):
-            raise ValueError(
-                f"--data.names has {len(names)} names, but {self.info.name} has "
-                f"{len(self.info.classes)} classes: give one a class, in the order of "
-                f"`lightning list datasets`"
-            )
-        if names:
-            self.info = replace(self.info, prompts=tuple(names))
+        if resize == "short_side" and not isinstance(image_size, int | None):
+            raise ValueError("--data.resize short_side needs one number as --data.image_size")
+        self.info = worded(self.info, read_names(names), self.wordings, synonyms, background)
         self.shards = shards
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.image_size = image_size
+        self.resize = resize
         self.on_error = on_error
         self.max_error_rate = max_error_rate
         self.max_pixels = max_pixels
         self.allow_pipe = allow_pipe
+        self.part = part
+        self.parts = parts
         self.finished: frozenset[str] = frozenset()
         self._spool_folder: tempfile.TemporaryDirectory[str] | None = None
 
@@ -142,13 +174,15 @@ class ShardDataModule(LightningDataModule):
             for folder in {
                 Path(url).parent: 0 for _, url in self.shard_list() if not is_remote(url)
             }
-            for shard in read_dataset_json(folder).get("shards", [])
+            for shard in self._described(folder).get("shards", [])
         ]
         return {
             "name": self.info.name,
             "prompts": list(self.info.prompts),
             "batch_size": self.batch_size,
+            "synonyms": [list(words) for words in self.info.synonyms],
             "image_size": self.image_size,
+            "resize": self.resize,
             "max_pixels": self.max_pixels,
             "shards": [name for name, _ in self.shard_list()],
             "checksum": hashlib.sha256("".join(checksums).encode()).hexdigest(),
@@ -159,28 +193,43 @@ class ShardDataModule(LightningDataModule):
         return name_shards(expand_shards(self.shards, allow_pipe=self.allow_pipe))
 
     def sample_counts(self) -> dict[str, int]:
-        """Samples in each shard by name, as far as they are written down beside the shards."""
+        """Samples in each shard by name, as far as they are written down beside the shards.
+
+        Raises:
+            ValueError: what is written there says that the shards are another data set's.
+        """
+        folders: dict[Path, dict[str, int]] = {}
         counts: dict[str, int] = {}
         for name, url in self.shard_list():
             if is_remote(url):
                 continue
-            described = read_dataset_json(Path(url).parent)
-            if described and described.get("dataset") not in (None, self.info.name):
-                raise ValueError(
-                    f"{Path(url).parent} holds shards of {described['dataset']!r}, "
-                    f"not of {self.info.name!r}: choose the DataModule that fits with --data"
-                )
-            for shard in described.get("shards", []):
-                if shard["name"] == Path(url).name:
-                    counts[name] = int(shard["samples"])
+            path = Path(url)
+            if path.parent not in folders:
+                shards = self._described(path.parent).get("shards", [])
+                folders[path.parent] = {s["name"]: int(s["samples"]) for s in shards}
+            if path.name in folders[path.parent]:
+                counts[name] = folders[path.parent][path.name]
         return counts
 
+    def _described(self, folder: Path) -> dict[str, Any]:
+        described = read_dataset_json(folder)
+        if described.get("dataset", self.info.name) != self.info.name:
+            raise ValueError(
+                f"{folder} holds shards of {described['dataset']!r}, "
+                f"not of {self.info.name!r}: choose the DataModule that fits with --data"
+            )
+        return described
+
+    def part_list(self) -> list[tuple[str, str]]:
+        """The shards of this job, finished or not: every ``parts``-th."""
+        return self.shard_list()[self.part :: self.parts]
+
     def share(self) -> list[tuple[str, str]]:
-        """The shards of this rank: every world_size-th of those not finished, by its rank."""
+        """The shards of this rank: every world_size-th of its job's that are not finished."""
         rank, world = (
             (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         )
-        todo = [shard for shard in self.shard_list() if shard[0] not in self.finished]
+        todo = [shard for shard in self.part_list() if shard[0] not in self.finished]
         return todo[rank::world]
 
     def predict_dataloader(self) -> DataLoader[Batch]:
@@ -190,16 +239,32 @@ class ShardDataModule(LightningDataModule):
         if any(is_remote(url) for _, url in shards):
             self._spool_folder = tempfile.TemporaryDirectory(prefix="clip_surgery_shards_")
         folder = self._spool_folder.name if self._spool_folder else ""
-        decoder = Decoder(self.info, self._size(), self.max_pixels)
-        stream = ShardStream(shards, self.batch_size, decoder, Spool(folder, max(workers, 1)))
+        decoder = Decoder(
+            self.info,
+            self._size(),
+            self.max_pixels,
+            resize=self.resize,
+            multiple=self._patch_size(),
+            keep_original=getattr(
+                self.trainer and self.trainer.lightning_module, "wants_originals", False
+            ),
+        )
         return DataLoader(
-            stream,
+            self.stream(shards, decoder, Spool(folder, max(workers, 1))),
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=workers,
             pin_memory=self.trainer is not None
             and self.trainer.strategy.root_device.type == "cuda",
         )
+
+    def stream(self, shards: list[tuple[str, str]], decoder: Decoder, spool: Spool) -> ShardStream:
+        """What the loader workers iterate over."""
+        return ShardStream(shards, self.batch_size, decoder, spool)
+
+    def lacking(self, need: str) -> str:
+        """What to do about data without what a task needs, such as ``classes``; may be empty."""
+        return ""
 
     def teardown(self, stage: str) -> None:
         """Remove fetched shards."""
@@ -220,6 +285,12 @@ class ShardDataModule(LightningDataModule):
                 getattr(self.trainer.lightning_module, "image_size", 224) if self.trainer else 224
             )
         return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    def _patch_size(self) -> tuple[int, int]:
+        backbone = (
+            getattr(self.trainer.lightning_module, "backbone", None) if self.trainer else None
+        )
+        return getattr(backbone, "patch_size", (1, 1))
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -6,10 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from datamodules._convert import Members, Source, need_folder, sample_members
-from datamodules._decode import read_index_png
-from datamodules._tar import BadSample
-from datamodules.samples import DatasetInfo, colour_table
+from datamodules._convert import Members, Source, label_of, need_folder, sample_members
+from datamodules._download import Archive
+from datamodules.samples import DatasetInfo, Wording, colour_table
 from datamodules.shards import ShardDataModule
 
 CLASSES = (
@@ -39,6 +38,41 @@ READABLE = {
     "pottedplant": "potted plant",
     "tvmonitor": "tv monitor",
 }
+BACKGROUND = (
+    "sky",
+    "wall",
+    "tree",
+    "wood",
+    "grass",
+    "road",
+    "sea",
+    "river",
+    "mountain",
+    "sands",
+    "desk",
+    "bed",
+    "building",
+    "cloud",
+    "lamp",
+    "door",
+    "window",
+    "wardrobe",
+    "ceiling",
+    "shelf",
+    "curtain",
+    "stair",
+    "floor",
+    "hill",
+    "rail",
+    "fence",
+)
+"""What stands for the background of VOC21 in the evaluations of SCLIP, NACLIP and ProxyCLIP."""
+
+RENAMED = {"boat": ("ship",), "diningtable": ("table",)}
+CLOTHES = ("shirt", "jeans", "dress", "sweater", "skirt", "jacket")
+PERSON = ("person", *(f"person in {c}" for c in CLOTHES))
+TV = ("television monitor", "tv monitor", "monitor", "television", "screen")
+SCLIP = {**RENAMED, "person": PERSON, "tvmonitor": TV}
 INFO = DatasetInfo(
     name="voc",
     classes=CLASSES,
@@ -51,10 +85,21 @@ INFO = DatasetInfo(
 class VOC(ShardDataModule):
     """PASCAL VOC 2012: 20 objects, label 0 background, 255 void (object borders).
 
-    The paper evaluates explainability on the 1,449 images of ``val`` at 224 x 224 (Table 1).
+    The paper evaluates explainability on the 1,449 images of ``val`` at 224 x 224 (Table 1). As a
+    segmentation set it is VOC20, which leaves the background out, or with ``background`` VOC21.
     """
 
     info = INFO
+    wordings: ClassVar = {
+        "sclip": Wording(tuple(SCLIP.get(name, (name,)) for name in CLASSES), BACKGROUND),
+        "proxyclip": Wording(tuple(RENAMED.get(name, (name,)) for name in CLASSES), BACKGROUND),
+    }
+    archives: ClassVar = (
+        Archive(
+            "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+            "md5:6cd6e144f989b92b3379bac3b3de84fd",
+        ),
+    )
     layout: ClassVar[str] = """\
   VOCdevkit/VOC2012/               (this folder or one above it)
     ImageSets/Segmentation/val.txt
@@ -88,10 +133,5 @@ def read_sample(root: Path, image_id: str) -> Members:
     Raises:
         BadSample: a file is missing, or image and mask don't fit.
     """
-    image = root / "JPEGImages" / f"{image_id}.jpg"
-    mask = root / "SegmentationClass" / f"{image_id}.png"
-    for path in (image, mask):
-        if not path.exists():
-            raise BadSample(f"{path} is missing")
-    label = read_index_png(mask.read_bytes())
-    return sample_members(INFO, image_id, image, label)
+    label = label_of(root / "SegmentationClass" / f"{image_id}.png")
+    return sample_members(INFO, image_id, root / "JPEGImages" / f"{image_id}.jpg", label)

@@ -1,0 +1,103 @@
+"""Shards checked: against what ``dataset.json`` says of them, and every sample by reading it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from datamodules._convert import sha256_of
+from datamodules._decode import MAX_PIXELS, Decoder
+from datamodules._tar import BadSample, ShardError, index_shard
+from datamodules.samples import VOID, DatasetInfo, SampleError
+from datamodules.shards import read_dataset_json
+
+
+class Verified(NamedTuple):
+    """What was found: how much there is, and all that is wrong with it."""
+
+    shards: int
+    samples: int
+    problems: list[SampleError]
+
+
+def verify(folder: Path, *, workers: int | None = None) -> Verified:
+    """Check all shards of a folder.
+
+    Without a ``dataset.json`` (img2dataset writes none) the samples are read all the same, but what
+    labels may occur is not known.
+
+    Raises:
+        FileNotFoundError: no shards there.
+    """
+    described = read_dataset_json(folder)
+    files = {path.name: path for path in sorted(folder.glob("*.tar"))}
+    if not files and not described:
+        raise FileNotFoundError(f"{folder} holds no *.tar: give a folder of shards")
+    facts = {shard["name"]: shard for shard in described.get("shards", [])}
+    problems = [
+        SampleError(name, "", "is listed in dataset.json, but missing")
+        for name in facts.keys() - files
+    ]
+    if described:
+        unlisted = sorted(files.keys() - facts.keys())
+        problems += [SampleError(name, "", "is not listed in dataset.json") for name in unlisted]
+    job = partial(verify_shard, facts=facts, decoder=decoder_for(described))
+    workers = min(workers or os.cpu_count() or 1, max(len(files), 1))
+    samples = 0
+    with ExitStack() as stack:
+        spread: Any = map
+        if workers > 1:
+            context = multiprocessing.get_context("spawn")
+            spread = stack.enter_context(ProcessPoolExecutor(workers, context)).map
+        found = spread(job, files.values())
+        for count, wrong in tqdm(
+            found, total=len(files), unit="shard", disable=None, file=sys.stderr
+        ):
+            samples += count
+            problems += wrong
+    return Verified(len(files), samples, problems)
+
+
+def decoder_for(described: dict[str, Any]) -> Decoder:
+    """A decoder that knows of the data set what ``dataset.json`` says."""
+    any_byte = [str(value) for value in range(1, VOID)]
+    info = DatasetInfo(
+        name=described.get("dataset", "shards"),
+        classes=tuple(described.get("classes", any_byte)),
+        background=described.get("background", True),
+        labels=described.get("labels", "none"),
+    )
+    return Decoder(info, size=(8, 8), max_pixels=MAX_PIXELS)
+
+
+def verify_shard(
+    path: Path, *, facts: dict[str, dict[str, Any]], decoder: Decoder
+) -> tuple[int, list[SampleError]]:
+    """Number of samples in a shard, and all that is wrong with it."""
+    problems: list[SampleError] = []
+    try:
+        entries = index_shard(path)
+    except ShardError as error:
+        return 0, [SampleError(path.name, "", str(error))]
+    expected = facts.get(path.name)
+    if expected and len(entries) != expected["samples"]:
+        reason = f"has {len(entries)} samples, dataset.json says {expected['samples']}"
+        problems.append(SampleError(path.name, "", reason))
+    if expected and sha256_of(path) != expected["sha256"]:
+        problems.append(SampleError(path.name, "", "its checksum is not that in dataset.json"))
+    for entry in entries:
+        try:
+            decoder(entry)
+        except BadSample as error:
+            problems.append(SampleError(path.name, entry.key, str(error)))
+        except Exception as error:  # whatever broken bytes do to a decoder
+            problems.append(SampleError(path.name, entry.key, f"{type(error).__name__}: {error}"))
+    return len(entries), problems

@@ -1,0 +1,170 @@
+"""Conversion as a whole: parallel, resumed after being killed, the same bytes each time; verify."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datamodules import GCC3M
+from datamodules._convert import Source, sample_members, write_shards
+from datamodules.samples import DatasetInfo
+from tasks.__main__ import main
+from tests.datamodules.fakes import fake_coco, fake_voc, picture
+
+INFO = DatasetInfo("toy", ("cat", "dog"))
+
+
+def read(folder: Path, delay: float, name: str):
+    time.sleep(delay)
+    label = np.arange(16, dtype=np.uint8).reshape(4, 4) % 3
+    return sample_members(INFO, name, folder / f"{name}.png", label)
+
+
+def toy(folder: Path, count: int = 12, delay: float = 0.0) -> Source:
+    for i in range(count):
+        if not (folder / f"{i:03d}.png").exists():
+            picture(folder / f"{i:03d}.png", (4, 4))
+    return Source(INFO, "val", [f"{i:03d}" for i in range(count)], partial(read, folder, delay))
+
+
+def checksums(folder: Path):
+    return [
+        shard["sha256"] for shard in json.loads((folder / "dataset.json").read_text())["shards"]
+    ]
+
+
+@pytest.mark.processes
+def test_killed_in_the_middle_and_run_again(tmp_path):
+    write_shards(toy(tmp_path / "in"), tmp_path / "whole", shard_size=3, workers=1)
+    code = (
+        "from pathlib import Path; from datamodules._convert import write_shards;"
+        "from tests.datamodules.test_conversion import toy;"
+        f"p = Path({str(tmp_path)!r});"
+        "write_shards(toy(p / 'in', delay=0.15), p / 'out', shard_size=3, workers=1)"
+    )
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=root)
+    try:
+        deadline = time.time() + 60
+        while not (tmp_path / "out" / "000001.tar").exists() and time.time() < deadline:
+            time.sleep(0.02)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    out = tmp_path / "out"
+    left = sorted(p.name for p in out.glob("*.tar"))
+    assert left[:2] == ["000000.tar", "000001.tar"]
+    assert len(left) < 4
+    assert not (out / "dataset.json").exists()
+    for name in left:  # whatever has its final name is whole
+        with tarfile.open(out / name) as tar:
+            assert len(tar.getnames()) == 9
+    before = {name: (out / name).stat().st_mtime_ns for name in left}
+    write_shards(toy(tmp_path / "in"), out, shard_size=3, workers=1)
+    assert {name: (out / name).stat().st_mtime_ns for name in left} == before
+    assert checksums(out) == checksums(tmp_path / "whole")
+    assert not list(out.glob("*.partial"))
+
+
+@pytest.mark.processes
+def test_workers_write_the_same_bytes(tmp_path):
+    source = toy(tmp_path / "in")
+    write_shards(source, tmp_path / "one", shard_size=5, workers=1)
+    write_shards(source, tmp_path / "two", shard_size=5, workers=2)
+    assert checksums(tmp_path / "one") == checksums(tmp_path / "two")
+
+
+def test_another_option_makes_other_shards(tmp_path):
+    fake_coco(tmp_path / "in")
+    argv = ["shards", "coco", "--source", str(tmp_path / "in"), "--workers", "1"]
+    argv += ["--output", str(tmp_path / "out")]
+    assert main(argv) == 0
+    first = checksums(tmp_path / "out")
+    assert main([*argv, "--crowd", "foreground"]) == 0
+    assert checksums(tmp_path / "out") != first
+
+
+@pytest.fixture
+def shards(tmp_path):
+    write_shards(toy(tmp_path / "in", 4), tmp_path / "out", shard_size=2, workers=1)
+    return tmp_path / "out"
+
+
+def test_verify_finds_nothing_wrong(shards, capsys):
+    assert main(["shards", "verify", str(shards), "--workers", "1"]) == 0
+    assert "4 samples in 2 shards, 0 problems" in capsys.readouterr().out
+
+
+def test_verify_lists_all_offenders(shards, capsys):
+    members = {"a.json": b"{}", "b.png": png(np.zeros((4, 4, 3)))}
+    members |= {"c.png": png(np.zeros((4, 4, 3))), "c.label.png": png(np.full((4, 4), 7))}
+    members |= {"d.png": png(np.zeros((4, 4, 3))), "d.label.png": png(np.zeros((4, 5)))}
+    with tarfile.open(shards / "000000.tar", "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    data = (shards / "000001.tar").read_bytes()
+    (shards / "000001.tar").write_bytes(data[: len(data) // 2])
+    (shards / "000009.tar").write_bytes(data)
+    assert main(["shards", "verify", str(shards), "--workers", "1"]) == 1
+    said = capsys.readouterr().err
+    for problem in (
+        "000000.tar: has 4 samples, dataset.json says 2",
+        "000000.tar: its checksum is not that in dataset.json",
+        "000000.tar: a: no image",
+        "000000.tar: b: no label",
+        "000000.tar: c: label values [7] are above 2",
+        "000000.tar: d: the label is 5x4, the image is 4x4",
+        "000001.tar",
+        "000009.tar: is not listed in dataset.json",
+    ):
+        assert problem in said
+    (shards / "000001.tar").unlink()
+    main(["shards", "verify", str(shards), "--workers", "1"])
+    assert "000001.tar: is listed in dataset.json, but missing" in capsys.readouterr().err
+    assert main(["shards", "verify", str(shards / "nowhere"), "--workers", "1"]) == 1
+
+
+def png(values):
+    buffer = io.BytesIO()
+    Image.fromarray(values.astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_shard_of_another_data_set_is_refused(tmp_path, capsys, shards):
+    fake_voc(tmp_path / "voc")
+    argv = ["shards", "voc", "--source", str(tmp_path / "voc"), "--output", str(shards)]
+    assert main(argv) == 1
+    assert "choose another --output" in capsys.readouterr().err
+
+
+def test_img2dataset_shards_are_read_as_they_are(tmp_path):
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for key in ("000000", "000003", "000002"):
+            for ending, data in (
+                ("jpg", png(np.zeros((6, 6, 3)))),  # its sniffed format counts, not its name
+                ("txt", f"caption of {key}".encode()),
+                ("json", json.dumps({"key": key}).encode()),
+            ):
+                member = tarfile.TarInfo(f"{key}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    (tmp_path / "00000_stats.json").write_text('{"count": 4, "successes": 3}')
+    data = GCC3M(str(tmp_path), num_workers=0, image_size=8)
+    assert data.sample_counts() == {"00000": 3}
+    (batch,) = data.predict_dataloader()
+    assert batch.keys == ["000000", "000003", "000002"]
+    assert batch.captions[1] == "caption of 000003"
+    assert batch.labels == [None] * 3
+    assert GCC3M(str(tmp_path), names=["cat"]).info.classes == ("cat",)

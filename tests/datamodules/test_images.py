@@ -1,0 +1,181 @@
+"""Own images: whatever a person points at becomes batches with safe, unique keys."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datamodules import Images
+from datamodules._tar import MAX_KEY
+from datamodules.images import find_images, make_key
+from tasks.base import Task
+from tests.datamodules.fakes import picture
+
+SIZE = (20, 30)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder as people have them: sub-folders, the same name twice, other files, hidden ones."""
+    for name in (
+        "b.jpg",
+        "a.jpg",
+        "a.png",
+        "A.PNG",
+        "trip to Köln/a.jpg",
+        "trip to Köln/c.v2.webp",
+    ):
+        picture(tmp_path / "photos" / name, SIZE)
+    (tmp_path / "photos" / ".hidden.jpg").write_bytes(b"")
+    (tmp_path / "photos" / "notes.txt").write_text("not a picture")
+    return tmp_path / "photos"
+
+
+def batches_of(data):
+    return list(data.predict_dataloader())
+
+
+def keys_of(data):
+    return [key for batch in batches_of(data) for key in batch.keys]
+
+
+def images(path, **fields):
+    return Images(path, num_workers=0, image_size=8, **fields)
+
+
+def test_a_folder_with_all_below_it(photos):
+    data = images(str(photos), names=["cat", "remote control"])
+    keys = keys_of(data)
+    assert sorted(keys) == sorted(
+        ["A", "a_jpg", "a_png", "b", "trip_to_Köln/a", "trip_to_Köln/c_v2"]
+    )
+    assert len({key.casefold() for key in keys}) == len(keys)
+    assert data.info.classes == data.info.prompts == ("cat", "remote control")
+    assert data.sample_counts() == {"images-00000": 6}
+
+
+@pytest.mark.parametrize("kind", ["file", "pattern", "list", "twice"])
+def test_files_patterns_and_lists(kind, photos):
+    path, keys = {
+        "file": (str(photos / "b.jpg"), ["b"]),
+        "pattern": (str(photos / "*.jpg"), ["a", "b"]),
+        "list": ([str(photos / "b.jpg"), str(photos / "a.jpg")], ["b", "a"]),
+        "twice": ([str(photos / "b.jpg"), str(photos / "b.jpg")], ["b"]),
+    }[kind]
+    assert keys_of(images(path)) == keys
+
+
+def test_a_tar_is_a_shard_as_it_is(photos, tmp_path):
+    with tarfile.open(tmp_path / "mine.tar", "w") as tar:
+        tar.add(photos / "a.jpg", "one.jpg")
+        tar.add(photos / "b.jpg", "two.jpg")
+    data = images([str(tmp_path / "mine.tar"), str(photos / "b.jpg")])
+    assert [name for name, _ in data.shard_list()] == ["images-00000", "mine"]
+    assert keys_of(data) == ["b", "one", "two"]
+
+
+def test_groups_take_the_place_of_shards(photos):
+    data = images(str(photos), group=4, batch_size=3)
+    found = [(b.shard, b.start, len(b.keys), b.total) for b in batches_of(data)]
+    assert found == [
+        ("images-00000", 0, 3, 4),
+        ("images-00000", 3, 1, 4),
+        ("images-00001", 0, 2, 2),
+    ]
+    data.finished = frozenset({"images-00000"})
+    assert [b.shard for b in batches_of(data)] == ["images-00001"]
+
+
+def test_another_size_of_a_file_is_another_run(photos):
+    before = images(str(photos)).settings()
+    assert images(str(photos)).settings() == before
+    (photos / "b.jpg").write_bytes(b"shorter")
+    assert images(str(photos)).settings() != before
+
+
+def test_what_is_broken_is_named_and_the_rest_goes_on(photos):
+    (photos / "empty.jpg").write_bytes(b"")
+    (photos / "text.jpg").write_bytes(b"no picture at all")
+    whole = (photos / "b.jpg").read_bytes()
+    (photos / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    batch = images(str(photos), batch_size=20).predict_dataloader().__iter__().__next__()
+    assert len(batch.keys) == 6
+    reasons = {error.key: error.reason for error in batch.errors}
+    assert reasons["empty"] == "the image file is empty"
+    assert reasons["text"] == "not a picture of a known format"
+    assert "Truncated" in reasons["half"] or "truncated" in reasons["half"]
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16", "F"])
+def test_any_mode_is_rgb(mode, tmp_path):
+    gray = np.full(SIZE, 128, np.uint8)
+    suffix = {"CMYK": "jpg", "F": "tif"}.get(mode, "png")
+    if mode == "I;16":
+        image = Image.fromarray(gray.astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(gray).convert(mode)
+    image.save(tmp_path / f"x.{suffix}")
+    batch = batches_of(images(str(tmp_path)))[0]
+    assert batch.errors == []
+    assert batch.images.shape == (1, 3, 8, 8)
+    if mode != "1":
+        assert (batch.images.int() - 128).abs().max() <= 2
+
+
+def test_names_come_from_a_file_too(photos, tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("﻿cat\n\n remote control \r\n", encoding="utf-8")
+    assert images(str(photos), names=str(words)).info.classes == ("cat", "remote control")
+    assert images(str(photos), names="cat, dog").info.classes == ("cat", "dog")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        images(str(photos), names="missing.txt")
+
+
+def test_nothing_there_says_what_to_give(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "empty", tmp_path / "missing.jpg", tmp_path / "*.jpg"):
+        with pytest.raises(FileNotFoundError, match=r"--data\.path"):
+            find_images([str(path)])
+
+
+def test_a_task_that_needs_classes_says_how_to_give_them(photos):
+    class Needy(Task):
+        needs = ("classes",)
+
+    with pytest.raises(ValueError, match=r'--data\.names "\[cat, remote control\]"'):
+        Needy().check_data(images(str(photos)))
+
+
+def test_keys_are_safe_and_bounded():
+    from pathlib import Path
+
+    assert make_key(Path("a b/c:d?.e")) == "a_b/c_d__e"
+    assert make_key(Path("__x__")) == "x"
+    assert make_key(Path("...")) == "image"
+    long = make_key(Path("é" * 300))
+    assert len(long.encode()) < MAX_KEY
+    assert long != make_key(Path("é" * 301))
+
+
+def test_short_side_keeps_the_aspect_ratio(tmp_path):
+    picture(tmp_path / "wide.png", (40, 100))
+    picture(tmp_path / "tall.png", (90, 30))
+    data = images(str(tmp_path), resize="short_side")
+    batch = batches_of(data)[0]
+    assert isinstance(batch.images, list)
+    assert [tuple(i.shape) for i in batch.images] == [(3, 24, 8), (3, 8, 20)]
+    assert batch.sizes == [(90, 30), (40, 100)]
+    alone = batches_of(images(str(tmp_path / "wide.png"), resize="short_side"))[0]
+    assert isinstance(alone.images, torch.Tensor)
+
+
+def test_an_image_in_memory_is_not_needed(photos):
+    """Entries only hold places in files: listing a large folder reads nothing of the images."""
+    groups, _ = images(str(photos)).found
+    spans = [span for entry in groups["images-00000"] for span in entry.members.values()]
+    assert all(span.offset == 0 and span.size > 0 for span in spans)
+    with open(spans[0].path, "rb") as file:
+        assert Image.open(io.BytesIO(file.read())).size == SIZE[::-1]
