@@ -1,5 +1,6 @@
 """The frozen CLIP that everything stands on: images to tokens, texts to features."""
 
+import copy
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -38,8 +39,9 @@ def load_backbone(
 ) -> "Backbone":
     """Load a CLIP for inference: evaluation mode, no gradients, on the CPU in float32.
 
-    model: an open_clip name ("ViT-B-16", "RN50", "hf-hub:..."), or the path of an open_clip JSON
-        config.
+    model: an open_clip name ("ViT-B-16", "RN50", "hf-hub:..."), the path of an open_clip JSON
+        config, or "demo", the tiny CLIP of the drawn world inside this package (its weights are
+        pretrained="demo"); words which that world does not have mean nothing to it.
     pretrained: an open_clip tag ("openai", ...; downloaded and cached by open_clip), or the path
         of a weights file (safetensors, torch state dict, open_clip training checkpoint, OpenAI's
         archive). None: random weights, the same in every process, with a warning.
@@ -93,7 +95,6 @@ class Backbone(nn.Module):
         self.name = source.name
         self.config = source.config
         self.checkpoint: CheckpointInfo = source.checkpoint
-        self.recipe = recipe
         self.embed_dim = int(source.config["embed_dim"])
         self.context_length = int(self.model.context_length)
         self.mean: tuple[float, ...] = tuple(source.preprocess.get("mean") or _OPENAI_MEAN)
@@ -106,10 +107,10 @@ class Backbone(nn.Module):
         native: tuple[int, int] = (side, side) if isinstance(side, int) else (side[0], side[1])
         if self._resnet:
             self.patch_size = (32, 32)
-            depth = 1
+            self._depth = 1
         else:
             self.patch_size = (visual.patch_size[0], visual.patch_size[1])
-            depth = len(visual.transformer.resblocks)
+            self._depth = len(visual.transformer.resblocks)
         self._native_grid = self._grid(native)
         if image_size is None:
             image_size = native
@@ -118,13 +119,24 @@ class Backbone(nn.Module):
         self.image_size: tuple[int, int] = (image_size[0], image_size[1])
         self._grid(self.image_size)
 
-        reformed = min(recipe.blocks or blocks, depth) if recipe.pairs else 0
-        released_new = recipe.released_class_token == "new" or self._resnet
-        self.plan = Plan(recipe, reformed, new_class_token=released and released_new)
-        self._positions: dict[Any, Tensor] = {}
+        self._blocks, self._released = blocks, released
+        self._adopt(recipe)
         self._digest: tuple[Any, str] | None = None
         self.requires_grad_(False)
         self.eval()
+
+    def _adopt(self, recipe: Recipe) -> None:
+        reformed = min(recipe.blocks or self._blocks, self._depth) if recipe.pairs else 0
+        new_class_token = recipe.released_class_token == "new" or self._resnet
+        self.recipe = recipe
+        self.plan = Plan(recipe, reformed, new_class_token=self._released and new_class_token)
+        self._positions: dict[Any, Tensor] = {}
+
+    def with_attention(self, attention: str) -> "Backbone":
+        """The same network, not a copy of it, read by another recipe of `RECIPES`."""
+        other = copy.copy(self)
+        other._adopt(RECIPES[attention])
+        return other
 
     def train(self, mode: bool = True) -> "Backbone":
         """Stays in evaluation mode: batch norms must not learn from what is being explained."""

@@ -162,7 +162,7 @@ def _encode(backbone: Backbone, token_ids: Tensor, batch_size: int) -> Tensor:
     """Features [P, C] of prompts [P, L], encoded from short to long, in the order given."""
     lengths = token_ids.argmax(dim=-1)
     device = backbone.device
-    features = torch.empty(len(token_ids), backbone.embed_dim, device=device)
+    features = torch.empty(len(token_ids), backbone.embed_dim, dtype=torch.float32, device=device)
     # What is kept on disk must not depend on the precision of the run that came first.
     with torch.autocast(device.type, enabled=False):
         for chosen in lengths.argsort(stable=True).split(batch_size):

@@ -20,6 +20,10 @@ from surgery.checkpoints import CheckpointError, file_sha256, load_weights, read
 log = logging.getLogger(__name__)
 
 _HUB = "hf-hub:"
+DEMO = "demo"
+"""Model and tag of the tiny CLIP inside this package, trained on the drawn world."""
+
+_DEMO_FOLDER = Path(__file__).parent / "demo_clip"
 _RANDOM_SEED = 0
 
 
@@ -54,8 +58,9 @@ def build(model: str, pretrained: str | None, quick_gelu: bool | None) -> Source
     """Build the named network and load the named weights; see `load_backbone`."""
     import open_clip
 
-    if model.replace("/", "-") in open_clip.list_models():
-        model = model.replace("/", "-")  # OpenAI writes ViT-B/16
+    if model == DEMO and pretrained == DEMO:
+        pretrained = str(_DEMO_FOLDER / "model.safetensors")
+    model = _settle(model)
     config, preprocess = _model_config(model)
     path: str | None = None
     tag: dict[str, Any] = {}
@@ -91,6 +96,12 @@ def build(model: str, pretrained: str | None, quick_gelu: bool | None) -> Source
     return Source(network, model, config, info, preprocess)
 
 
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a model that is named as in `load_backbone`, without its network."""
+    model = _settle(model)
+    return tokenizer(model, _model_config(model)[0])
+
+
 def tokenizer(name: str, config: dict[str, Any]) -> Any:
     """The stock open_clip tokenizer of a model; `config` is its model config."""
     import open_clip
@@ -109,6 +120,16 @@ def tokenizer(name: str, config: dict[str, Any]) -> Any:
             **options,
         )
     return open_clip.SimpleTokenizer(context_length=context, **options)
+
+
+def _settle(model: str) -> str:
+    """A user's name of a model as open_clip's name, or as the path of a config."""
+    import open_clip
+
+    if model == DEMO:
+        return str(_DEMO_FOLDER / "config.json")
+    dashed = model.replace("/", "-")  # OpenAI writes ViT-B/16
+    return dashed if dashed in open_clip.list_models() else model
 
 
 def _model_config(model: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -4,11 +4,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tasks.analysis import Analysis
     from tasks.base import BackboneConfig, Task
     from tasks.explainability import Explainability
+    from tasks.interactive import Interactive
+    from tasks.multimodal import Multimodal
+    from tasks.opinions import Opinions
+    from tasks.recognition import Recognition
+    from tasks.segmentation import Segmentation
     from tasks.writer import ResultWriter
 
-TASKS = {"explainability": "Explainability"}
+TASKS = {
+    "analysis": "Analysis",
+    "explainability": "Explainability",
+    "interactive": "Interactive",
+    "multimodal": "Multimodal",
+    "opinions": "Opinions",
+    "recognition": "Recognition",
+    "segmentation": "Segmentation",
+}
 """Module -> class of each task."""
 
 _HOMES = {
@@ -18,7 +32,19 @@ _HOMES = {
     **{cls: module for module, cls in TASKS.items()},
 }
 
-__all__ = ["TASKS", "BackboneConfig", "Explainability", "ResultWriter", "Task"]
+__all__ = [
+    "TASKS",
+    "Analysis",
+    "BackboneConfig",
+    "Explainability",
+    "Interactive",
+    "Multimodal",
+    "Opinions",
+    "Recognition",
+    "ResultWriter",
+    "Segmentation",
+    "Task",
+]
 
 
 def __getattr__(name: str) -> Any:

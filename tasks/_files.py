@@ -22,7 +22,8 @@ def encode(ending: str, value: Any, palette: list[int]) -> bytes:
     buffer = io.BytesIO()
     if kind == "png":
         image = Image.fromarray(value)
-        image.putpalette(palette)
+        if value.dtype == np.uint8:  # 16-bit label maps have no colours
+            image.putpalette(palette)
         # Level 1 is several times faster than the default and hardly larger on flat masks.
         image.save(buffer, "PNG", compress_level=1)
     elif kind == "jpg":
@@ -36,6 +37,16 @@ def encode(ending: str, value: Any, palette: list[int]) -> bytes:
     else:
         raise ValueError(f"don't know how to write {ending!r}")
     return buffer.getvalue()
+
+
+def encode_table(rows: list[dict[str, Any]]) -> bytes:
+    """A parquet file of rows, column -> value, all of the same columns."""
+    import pyarrow
+    from pyarrow import parquet
+
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from datamodules.samples import Batch
-from tasks.base import Report, Task
+from tasks.base import Task
 
 
 class ImageProgress(ProgressBar):
@@ -71,9 +72,18 @@ class ImageProgress(ProgressBar):
             self._bar.close()
 
 
-def print_report(folder: Path, report: Report) -> None:
-    """Print a run's metrics in percent, and where its files are."""
-    print()
-    for name, value in report.metrics.items():
-        print(f"  {name:<16} {100 * value:6.2f} %")
-    print(f"\nresults in {folder.resolve()}")
+def print_report(folder: Path) -> None:
+    """Print a run's metrics in percent, beside plain CLIP's where it was measured, and its place."""
+    summary = json.loads((folder / "metrics.json").read_text())
+    baseline = summary.get("baseline", {})
+    if summary["metrics"]:
+        print("\n" + " " * 20 + ("  CLIP   Surgery" if baseline else ""))
+    for name, value in summary["metrics"].items():
+        columns = [baseline[name]] if name in baseline else []
+        cells = ("   --  " if v is None else f"{100 * v:6.2f} %" for v in (*columns, value))
+        print(f"  {name:<16} {'  '.join(cells)}")
+    shards = summary["shards"]
+    print(f"\n{summary['images']} images, {summary['errors']} errors", end="")
+    print(f" ({folder / 'errors.jsonl'})" if summary["errors"] else "", end="")
+    print("" if shards["done"] == shards["of"] else f", {shards['done']} of {shards['of']} shards")
+    print(f"results in {folder.resolve()}")

@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +15,14 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import Metric
 
+import datamodules
+from datamodules import DATASETS
 from datamodules.samples import VOID, DatasetInfo
 from datamodules.shards import ShardDataModule
-from surgery import Backbone, encode_prompts, load_backbone
+from surgery import Backbone, ImageTokens, encode_prompts, load_backbone
+from tasks import TASKS
+from tasks._tables import Table
+from tasks._texts import read_text_features
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +58,14 @@ class ImageResult(NamedTuple):
 
     ``members``: file ending -> array (``*.npy``), label values uint8 [H,W] (``*.png``), or dict
     (``json``). ``overlays``: the same for pictures uint8 [H,W,3] (``*.jpg``) that are only drawn when
-    the writer wants them.
+    the writer wants them. ``rows``: table name -> this image's row in it, column -> value; the writer
+    makes one parquet file a table and shard, with the column ``key`` in front.
     """
 
     key: str
     members: dict[str, Any]
     overlays: Callable[[], dict[str, np.ndarray]] | None = None
+    rows: dict[str, dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,12 +75,16 @@ class Report:
     Args:
         metrics: name -> value over the whole run; fractions.
         per_class: class name -> column -> value.
+        baseline: the same metrics of plain CLIP, where it was measured beside.
         details: what else is worth knowing, such as the best threshold.
+        tables: file name without ending -> what is written as csv beside, some with a plot.
     """
 
     metrics: dict[str, float]
     per_class: dict[str, dict[str, float]] = field(default_factory=dict)
+    baseline: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, Table] = field(default_factory=dict)
 
 
 class Task(LightningModule):
@@ -84,7 +96,12 @@ class Task(LightningModule):
 
     Args:
         backbone: which CLIP, and how it is read.
+        text_features: safetensors file with [T,C] features of the class texts, to use in place of
+            prompts; with names (metadata ``names``, a JSON list) they are matched to the classes.
     """
+
+    wants_originals: bool = False
+    """Whether the task also reads the images at their own size (``Batch.originals``)."""
 
     needs: tuple[str, ...] = ()
     """What a data set must have for this task: "classes", "mask", "positives", "captions"."""
@@ -92,9 +109,12 @@ class Task(LightningModule):
     text: Tensor | None
     """[T,C] unit features of the class texts."""
 
-    def __init__(self, backbone: BackboneConfig | None = None) -> None:
+    def __init__(
+        self, backbone: BackboneConfig | None = None, text_features: str | None = None
+    ) -> None:
         super().__init__()
         self.config = backbone or BackboneConfig()
+        self.text_features = text_features
         self.backbone: Backbone
         self.metrics: dict[str, Metric] = {}
         self.register_buffer("text", None, persistent=False)
@@ -122,6 +142,9 @@ class Task(LightningModule):
     def setup(self, stage: str) -> None:
         """Load the backbone and encode the class texts; on every process alike."""
         self.check_data(self.datamodule)
+        if self.text_features:  # before the weights: a file that doesn't fit is refused at once
+            aliases = dict(zip(self.info.prompts, self.info.classes, strict=True))
+            self.text = read_text_features(self.text_features, self.words(self.info), aliases)
         self.backbone = load_backbone(**asdict(self.config))
         self.metrics = self.configure_metrics(self.datamodule.info)
         self.configure_texts()
@@ -130,33 +153,56 @@ class Task(LightningModule):
         """Refuse a data set without what this task needs, before anything is loaded.
 
         Raises:
-            ValueError: says what is missing.
+            ValueError: says what is missing, and what fits.
         """
-        info = datamodule.info
-        has = {
-            "classes": bool(info.classes),
-            "mask": info.labels == "mask",
-            "positives": info.labels in ("mask", "positives"),
-            "captions": info.captions,
-        }
-        for need in self.needs:
-            if not has[need]:
-                raise ValueError(
-                    f"{type(self).__name__} needs {need}, which {type(datamodule).__name__} doesn't "
-                    f"have; `lightning list tasks` shows which tasks and data sets fit"
-                )
+        has = offers(datamodule.info)
+        lacking = [need for need in self.needs if need not in has]
+        if lacking:
+            task, data = type(self).__name__, type(datamodule).__name__
+            hint = datamodule.lacking(lacking[0])
+            raise ValueError(
+                f"{task} needs {' and '.join(lacking)}, which {data} doesn't have"
+                f"{hint and f' ({hint})'}. Tasks that fit {data}: {', '.join(fitting_tasks(has))}. "
+                f"Data sets that fit {task}: {', '.join(fitting_datasets(self.needs))}"
+            )
 
     def settings(self) -> dict[str, Any]:
         """What the class was made with; every argument is kept as an attribute of its name."""
         names = [n for n in inspect.signature(type(self)).parameters if n != "backbone"]
         return {"backbone": asdict(self.config), **{n: getattr(self, n) for n in names}}
 
+    def words(self, info: DatasetInfo) -> list[str]:
+        """The words whose features are the rows of ``text``; one a class."""
+        return list(info.prompts)
+
     def configure_texts(self) -> None:
-        """Encode the class texts once."""
-        prompts = list(self.info.prompts)
-        if prompts:
-            text = encode_prompts(self.backbone, self.backbone.tokenizer, prompts)
-            self.text = text.to(self.backbone.device)
+        """Encode the class texts once, where no file gave their features."""
+        words = self.words(self.info)
+        if words and not self.text_features:
+            self.text = encode_prompts(self.backbone, self.backbone.tokenizer, words)
+        if self.text is not None and self.text.shape[1] != self.backbone.embed_dim:
+            raise ValueError(
+                f"{self.text_features} has features of {self.text.shape[1]} channels, but "
+                f"{self.config.model} has {self.backbone.embed_dim}: they are of another backbone"
+            )
+
+    def encode_images(
+        self, images: Tensor | list[Tensor], attention: str | None = None
+    ) -> list[ImageTokens]:
+        """Tokens of each of B images (of 1 each), which may differ in size.
+
+        ``attention`` reads the backbone by another recipe than its own.
+        """
+        backbone = self.backbone.with_attention(attention) if attention else self.backbone
+        if isinstance(images, list):
+            return [encode(backbone, image[None]) for image in images]
+        if not len(images):
+            return []
+        tokens = encode(backbone, images)
+        return [
+            ImageTokens(tokens.class_token[i : i + 1], tokens.patch_tokens[i : i + 1], tokens.grid)
+            for i in range(len(images))
+        ]
 
     def configure_metrics(self, info: DatasetInfo) -> dict[str, Metric]:
         """The metrics of this task on this data set, empty."""
@@ -183,6 +229,45 @@ class Task(LightningModule):
         return states
 
 
+def encode(backbone: Backbone, images: Tensor) -> ImageTokens:
+    """Tokens of uint8 images [B,3,H,W]; in halves, where they don't fit the GPU's memory at once."""
+    try:
+        return backbone.encode_image(backbone.preprocess(images))
+    except torch.OutOfMemoryError:
+        if len(images) == 1:
+            raise
+    log.warning("out of memory with %d images at once: encoding them in halves", len(images))
+    halves = [encode(backbone, half) for half in images.tensor_split(2)]
+    return ImageTokens(
+        torch.cat([h.class_token for h in halves]),
+        torch.cat([h.patch_tokens for h in halves]),
+        halves[0].grid,
+    )
+
+
+def offers(info: DatasetInfo) -> frozenset[str]:
+    """What a data set has of that which tasks may need."""
+    has = {
+        "classes": bool(info.classes),
+        "mask": info.labels == "mask",
+        "positives": info.labels in ("mask", "positives"),
+        "captions": info.captions,
+    }
+    return frozenset(name for name, there in has.items() if there)
+
+
+def fitting_tasks(has: frozenset[str]) -> list[str]:
+    """Tasks that need nothing but what a data set has."""
+    found = (getattr(import_module(f"tasks.{module}"), cls) for module, cls in TASKS.items())
+    return sorted(task.__name__ for task in found if has.issuperset(task.needs))
+
+
+def fitting_datasets(needs: tuple[str, ...]) -> list[str]:
+    """DataModules that have all that a task needs."""
+    found = (getattr(datamodules, cls) for cls in DATASETS.values())
+    return sorted(cls.__name__ for cls in found if offers(cls.info).issuperset(needs))
+
+
 def label_masks(
     label: Tensor, positives: tuple[int, ...], info: DatasetInfo, *, void: str = "ignore"
 ) -> tuple[Tensor, Tensor]:
@@ -198,9 +283,10 @@ def label_masks(
         foreground bool [P,H,W], valid bool broadcastable to it.
     """
     if label.ndim == 3:
-        foreground = label == 1
+        foreground, empty = label == 1, VOID
     else:
+        empty = info.void
         values = torch.tensor([info.label_value(i) for i in positives], device=label.device)
         foreground = label == values.view(-1, 1, 1)
-    valid = label != VOID if void == "ignore" else torch.ones_like(label, dtype=torch.bool)
+    valid = label != empty if void == "ignore" else torch.ones_like(label, dtype=torch.bool)
     return foreground, valid

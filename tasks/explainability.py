@@ -18,6 +18,12 @@ from surgery.metrics import MeanScoreContrast, ThresholdIoU
 from surgery.visualize import heat_map
 from tasks.base import BackboneConfig, ImageResult, Report, Task, label_masks
 
+RAW = "raw_"
+"""Prefix of the metrics of plain CLIP."""
+
+KINDS = {"": "map.", RAW: "raw."}
+"""How the overlays of either are named."""
+
 
 class Explainability(Task):
     """Where in the image is each class? Maps, masks, mSC and mIoU.
@@ -25,7 +31,7 @@ class Explainability(Task):
     Maps are those of the paper: architecture surgery in the backbone, feature surgery over all class
     texts, min-max per map. For each positive label a mask is written, and all classes' similarities
     on the token grid. With ``--model.backbone.attention raw --model.feature_surgery none`` the maps
-    are plain CLIP's.
+    are plain CLIP's; ``baseline`` measures those beside.
 
     Args:
         backbone: which CLIP, and how it is read.
@@ -36,6 +42,8 @@ class Explainability(Task):
             allow any other afterwards. The reported mIoU is at the best threshold of the whole run.
         void: what void pixels (255) count as in the metrics: ``ignore``, or ``background``, the
             literal reading of Eq. 12.
+        baseline: also encode each image with plain CLIP, and report its metrics beside.
+        text_features: features of the class texts from a file, see `Task`.
     """
 
     needs = ("classes",)
@@ -50,8 +58,10 @@ class Explainability(Task):
         order: Literal["code", "paper"] = "code",
         threshold: float = 0.5,
         void: Literal["ignore", "background"] = "ignore",
+        baseline: bool = False,
+        text_features: str | None = None,
     ) -> None:
-        super().__init__(backbone)
+        super().__init__(backbone, text_features)
         self.register_buffer("redundant", None, persistent=False)
         if not 0 <= threshold <= 1:
             raise ValueError(f"--model.threshold is a map value in [0, 1], got {threshold}")
@@ -60,13 +70,24 @@ class Explainability(Task):
         self.order = order
         self.threshold = threshold
         self.void = void
+        self.baseline = baseline
+
+    def setup(self, stage: str) -> None:
+        """Load the backbone; the images at their own size are only read to be drawn on."""
+        super().setup(stage)
+        callbacks = vars(self.trainer).get("callbacks", [])
+        self.wants_originals = any(getattr(c, "overlays", False) for c in callbacks)
 
     def configure_metrics(self, info: DatasetInfo) -> dict[str, Metric]:
         """mSC and IoU over thresholds, where there are masks to measure on."""
         if info.labels != "mask":
             return {}
         count = len(info.classes)
-        return {"contrast": MeanScoreContrast(count), "iou": ThresholdIoU(count)}
+        metrics: dict[str, Metric] = {}
+        for prefix in ("", RAW) if self.baseline else ("",):
+            metrics[f"{prefix}contrast"] = MeanScoreContrast(count)
+            metrics[f"{prefix}iou"] = ThresholdIoU(count)
+        return metrics
 
     def configure_texts(self) -> None:
         """Class texts; a single class is compared with the empty text, there being no other."""
@@ -77,24 +98,37 @@ class Explainability(Task):
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
         """Maps and masks of the positive labels of each image, similarities of all classes."""
-        if not batch.keys:
-            return []
-        tokens = self.backbone.encode_image(self.backbone.preprocess(batch.images))
-        scores = self._similarity(tokens.patch_tokens, tokens.class_token)
         results = []
-        for i, key in enumerate(batch.keys):
+        raw = self.encode_images(batch.images, "raw") if self.baseline else []
+        for i, tokens in enumerate(self.encode_images(batch.images)):
+            scores = self._similarity(tokens.patch_tokens, tokens.class_token)
             shown = batch.positives[i]
             shown = tuple(range(scores.shape[2])) if shown is None else shown
-            maps = similarity_map(
-                scores[i : i + 1, :, list(shown)], tokens.grid, batch.sizes[i], order=self.order
-            )[0]
-            label = batch.labels[i]
-            if label is not None and self.metrics and shown:
-                truth = label_masks(label, shown, self.info, void=self.void)
-                for metric in self.metrics.values():
-                    metric.update(maps, *truth, torch.tensor(shown, device=maps.device))
-            results.append(self._result(key, batch.images[i], scores[i], tokens.grid, shown, maps))
+            enlarge = partial(self._maps, shown=shown, grid=tokens.grid, size=batch.sizes[i])
+            maps = {"": enlarge(scores)}
+            if raw and self.text is not None:
+                maps[RAW] = enlarge(similarity(raw[i].patch_tokens, self.text))
+            self._measure(maps, batch.labels[i], shown)
+            original = batch.originals[i]
+            image = batch.images[i] if original is None else original
+            results.append(self._result(batch.keys[i], image, scores[0], tokens.grid, shown, maps))
         return results
+
+    def _maps(
+        self, scores: Tensor, shown: tuple[int, ...], grid: tuple[int, int], size: tuple[int, int]
+    ) -> Tensor:
+        return similarity_map(scores[:, :, list(shown)], grid, size, order=self.order)[0]
+
+    def _measure(
+        self, maps: dict[str, Tensor], label: Tensor | None, shown: tuple[int, ...]
+    ) -> None:
+        if label is None or not self.metrics or not shown:
+            return
+        truth = label_masks(label, shown, self.info, void=self.void)
+        for prefix, values in maps.items():
+            for name in ("contrast", "iou"):
+                classes = torch.tensor(shown, device=values.device)
+                self.metrics[f"{prefix}{name}"].update(values, *truth, classes)
 
     def _similarity(self, patch_tokens: Tensor, class_token: Tensor) -> Tensor:
         assert self.text is not None  # needs = ("classes",)
@@ -116,7 +150,7 @@ class Explainability(Task):
         scores: Tensor,
         grid: tuple[int, int],
         shown: tuple[int, ...],
-        maps: Tensor,
+        maps: dict[str, Tensor],
     ) -> ImageResult:
         names = self.info.classes
         files = {index: f"mask.{index:03d}-{slug(names[index])}.png" for index in shown}
@@ -125,24 +159,24 @@ class Explainability(Task):
             "json": {
                 "labels": {names[index]: files[index] for index in shown},
                 "threshold": self.threshold,
-                "size": list(maps.shape[-2:]),
+                "size": list(maps[""].shape[-2:]),
                 "grid": list(grid),
             },
         }
-        masks = (maps >= self.threshold).to(torch.uint8).cpu().numpy()
+        masks = (maps[""] >= self.threshold).to(torch.uint8).cpu().numpy()
         for index, mask in zip(shown, masks, strict=True):
-            members[files[index]] = mask * np.uint8(self.info.label_value(index))
+            members[files[index]] = mask * self.info.label_type(self.info.label_value(index))
         draw = partial(draw_overlays, image.cpu(), maps, list(files.values()))
         return ImageResult(key, members, draw)
 
     def report(self, metrics: dict[str, Metric], info: DatasetInfo) -> Report:
         """mIoU at the best threshold and mSC, with the class-wise numbers."""
-        contrast, iou = metrics.get("contrast"), metrics.get("iou")
-        if not isinstance(contrast, MeanScoreContrast) or not isinstance(iou, ThresholdIoU):
+        if not metrics:
             return Report({})
-        columns = {"IoU": iou.per_class(), "SC": contrast.per_class(), "images": iou.images}
+        means, columns, iou = _means(metrics, "")
         return Report(
-            metrics={f"m{name}": float(columns[name].nanmean()) for name in ("IoU", "SC")},
+            metrics=means,
+            baseline=_means(metrics, RAW)[0] if self.baseline else {},
             per_class={
                 name: {column: float(values[i]) for column, values in columns.items()}
                 for i, name in enumerate(info.classes)
@@ -156,20 +190,35 @@ class Explainability(Task):
         )
 
 
+def _means(
+    metrics: dict[str, Metric], prefix: str
+) -> tuple[dict[str, float], dict[str, Tensor], ThresholdIoU]:
+    contrast, iou = metrics[f"{prefix}contrast"], metrics[f"{prefix}iou"]
+    assert isinstance(contrast, MeanScoreContrast)
+    assert isinstance(iou, ThresholdIoU)
+    columns = {"IoU": iou.per_class(), "SC": contrast.per_class(), "images": iou.images}
+    return {f"m{name}": float(columns[name].nanmean()) for name in ("IoU", "SC")}, columns, iou
+
+
 def slug(name: str) -> str:
     """A class name as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "class"
 
 
-def draw_overlays(image: Tensor, maps: Tensor, masks: list[str]) -> dict[str, np.ndarray]:
-    """Heat maps over the image: uint8 [3,S,S'] enlarged to the size of maps [P,H,W].
+def draw_overlays(
+    image: Tensor, maps: dict[str, Tensor], masks: list[str]
+) -> dict[str, np.ndarray]:
+    """Heat maps over the image: uint8 [3,S,S'], brought to the size of the maps, each [P,H,W].
 
-    Each is named after the file of its mask.
+    Each is named after the file of its mask; plain CLIP's with ``raw`` in place of ``map``.
     """
-    size = maps.shape[-2:]
+    size = maps[""].shape[-2:]
     large = F.interpolate(image[None].float(), size=size, mode="bilinear", antialias=True)
     picture = large[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
     return {
-        mask.replace("mask", "map").replace(".png", ".jpg"): heat_map(picture, values.cpu()).numpy()
-        for mask, values in zip(masks, maps, strict=True)
+        mask.replace("mask.", KINDS[prefix]).replace(".png", ".jpg"): heat_map(
+            picture, one.cpu()
+        ).numpy()
+        for prefix, values in maps.items()
+        for mask, one in zip(masks, values, strict=True)
     }

@@ -2,88 +2,28 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
-import os
 import shutil
-import tarfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import timedelta
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from torch import Tensor
-from torchmetrics import Metric
-from webdataset import TarWriter
 
-import tasks
-from datamodules.samples import Batch, DatasetInfo, SampleError
-from tasks import TASKS
-from tasks._files import encode, write_atomically
-from tasks.base import BackboneConfig, ImageResult, Report, Task
+from datamodules.samples import Batch, SampleError
+from tasks._files import write_atomically
+from tasks._output import OutputShard, RunError, ShardRecord, Stopped, find_shard
+from tasks.base import ImageResult, Task
+from tasks.summary import summarise
 
 log = logging.getLogger(__name__)
-
-STATE = "__shard__"
-"""Folder inside an output shard for what is about the shard; webdataset passes over such names."""
-
-
-class RunError(Exception):
-    """The run can't go on; the message says why and what to do."""
-
-
-class ShardRecord:
-    """What one output shard says of itself: images, errors and metric states."""
-
-    def __init__(self, images: int, errors: list[SampleError], states: dict[str, Tensor]) -> None:
-        self.images = images
-        self.errors = errors
-        self.states = states
-
-    def members(self) -> dict[str, dict[str, bytes]]:
-        """The record as files: key -> ending -> bytes."""
-        record = {"images": self.images, "errors": [list(e) for e in self.errors]}
-        return {
-            f"{STATE}/record": {"json": json.dumps(record, ensure_ascii=False).encode()},
-            f"{STATE}/metrics": {"safetensors": safetensors.torch.save(self.states)},
-        }
-
-    @classmethod
-    def load(cls, path: Path) -> ShardRecord:
-        """Read the record of a published shard, a tar or a folder.
-
-        Raises:
-            RunError: it has none.
-        """
-        try:
-            if path.is_dir():
-                files = {name: (path / STATE / name).read_bytes() for name in _RECORD}
-            else:
-                with tarfile.open(path) as tar:
-                    found = {m.name: m for m in tar if m.name.startswith(f"{STATE}/")}
-                    files = {
-                        name: tar.extractfile(found[f"{STATE}/{name}"]).read()  # type: ignore[union-attr]
-                        for name in _RECORD
-                    }
-        except (OSError, KeyError, tarfile.TarError) as error:
-            raise RunError(
-                f"{path} is not a complete output shard ({error}): delete it and run again"
-            ) from None
-        record = json.loads(files["record.json"])
-        return cls(
-            record["images"],
-            [SampleError(*e) for e in record["errors"]],
-            safetensors.torch.load(files["metrics.safetensors"]),
-        )
-
-
-_RECORD = ("record.json", "metrics.safetensors")
 
 
 class ResultWriter(BasePredictionWriter):
@@ -114,10 +54,10 @@ class ResultWriter(BasePredictionWriter):
         self.overlays = overlays
         self.overwrite = overwrite
         self.config = ""
-        self.report: Report | None = None
         self._before: dict[str, Any] = {}
         self._run: dict[str, Any] = {}
-        self._shard: _OpenShard | None = None
+        self._group: Any = None  # a gloo group of all ranks, where there are several
+        self._shard: OutputShard | None = None
         self._seen = 0
         self._bad = 0
 
@@ -127,6 +67,10 @@ class ResultWriter(BasePredictionWriter):
         finished: list[str] = []
         if trainer.is_global_zero:
             finished = self._prepare(task)
+        if trainer.world_size > 1:
+            # Shards differ in cost: a rank may be done hours before another, longer than the
+            # default group would let it wait at the end.
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
         finished = trainer.strategy.broadcast(finished, src=0)
         task.datamodule.finished = frozenset(finished)
         if finished and trainer.is_global_zero:
@@ -137,7 +81,7 @@ class ResultWriter(BasePredictionWriter):
         names = [name for name, _ in task.datamodule.shard_list()]
         if self.overwrite and marker.exists():
             shutil.rmtree(self.output)
-        if not marker.exists() and self.output.exists() and any(self.output.iterdir()):
+        if not marker.exists() and any(not _is_partial(p) for p in self.output.glob("*")):
             raise RunError(
                 f"{self.output} is not empty and not a run of ours: choose another --writer.output"
             )
@@ -145,12 +89,11 @@ class ResultWriter(BasePredictionWriter):
         self._run = self._describe(task, names)
         self._refuse_changes()
         self.output.mkdir(parents=True, exist_ok=True)
-        for leftover in (*self.output.glob(".*.partial"), *self.output.glob("*.error.json")):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        published = {
-            p.name.removesuffix(".tar") for p in self.output.iterdir() if self._is_shard(p)
-        }
-        return [name for name in names if name in published]
+        mine = {name for name, _ in task.datamodule.part_list()}  # others may be under way
+        for path in list(self.output.iterdir()):
+            if leftover_of(path.name) in mine:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return [name for name in names if find_shard(self.output, name)]
 
     def _describe(self, task: Task, names: list[str]) -> dict[str, Any]:
         """What ``run.json`` holds; a run with another identity may not share the folder."""
@@ -159,6 +102,9 @@ class ResultWriter(BasePredictionWriter):
             "identity": {
                 "task": {"class": type(task).__name__, **task.settings()},
                 "data": task.datamodule.settings(),
+                "texts": sha256(Path(task.text_features).read_bytes()).hexdigest()
+                if task.text_features
+                else None,
                 "writer": {"layout": self.layout, "overlays": self.overlays},
                 "precision": str(task.trainer.precision),
             },
@@ -174,7 +120,8 @@ class ResultWriter(BasePredictionWriter):
             return
         backbone = _task(pl_module).backbone
         self._run["identity"]["weights"] = backbone.fingerprint()
-        self._run["checkpoint"] = asdict(backbone.checkpoint)
+        weights = backbone.checkpoint
+        self._run["checkpoint"] = {**asdict(weights), "sha256": weights.sha256}
         self._refuse_changes()
         write_atomically(self.output / "run.json", json.dumps(self._run, indent=1))
         if self.config:
@@ -194,11 +141,6 @@ class ResultWriter(BasePredictionWriter):
                 + "\nChoose another --writer.output, or start anew with --writer.overwrite true"
             )
 
-    def _is_shard(self, path: Path) -> bool:
-        if path.name.startswith("."):
-            return False
-        return path.suffix == ".tar" if self.layout == "tar" else path.is_dir()
-
     def write_on_batch_end(
         self,
         trainer: Trainer,
@@ -217,7 +159,7 @@ class ResultWriter(BasePredictionWriter):
             error = batch.errors[0]
             raise RunError(f"shard {error.shard}, sample {error.key!r}: {error.reason}")
         if self._shard is None:
-            self._shard = _OpenShard(self.output, batch.shard, self.layout, task.info)
+            self._shard = OutputShard(self.output, batch.shard, self.layout, task.info)
         shard = self._shard
         if shard.name != batch.shard or shard.position != batch.start:
             self._abandon()
@@ -231,7 +173,12 @@ class ResultWriter(BasePredictionWriter):
             members = dict(result.members)
             if self.overlays and result.overlays:
                 members |= result.overlays()
-            shard.add(result.key, members)
+            shard.add(result.key, members, result.rows or {})
+        if trainer.received_sigterm:
+            self._abandon()
+            raise Stopped(
+                f"stopped by SIGTERM; finished shards are kept in {self.output}, run again to go on"
+            )
         if batch.last:
             states = task.pop_metric_state()
             self._shard = None
@@ -276,142 +223,40 @@ class ResultWriter(BasePredictionWriter):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the states of all shards and write the run's summary, on rank 0."""
-        trainer.strategy.barrier()
+        elsewhere = self._fetch_records() if self._group is not None else {}
         if trainer.is_global_zero:
-            self.report = summarise(self.output, _task(pl_module), _task(pl_module).info)
+            task = _task(pl_module)
+            summarise(self.output, task, task.info, elsewhere)
+
+    def _fetch_records(self) -> dict[str, ShardRecord]:
+        """Wait for all ranks; on rank 0, the records of shards that its file system doesn't show."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        dist.barrier(group=self._group)
+        missing = [[n for n in self._run.get("shards", []) if not find_shard(self.output, n)]]
+        dist.broadcast_object_list(missing, src=0, group=self._group)
+        mine = {n: ShardRecord.load(p) for n in missing[0] if (p := find_shard(self.output, n))}
+        gathered: list[Any] | None = [None] * world if rank == 0 else None
+        dist.gather_object(mine, gathered, dst=0, group=self._group)
+        return {name: record for part in gathered or [] for name, record in part.items()}
 
 
-class _OpenShard:
-    """An output shard under way, in a hidden file or folder beside its place."""
-
-    def __init__(self, folder: Path, name: str, layout: str, info: DatasetInfo) -> None:
-        self.name = name
-        self.position = 0
-        self.images = 0
-        self.errors: list[SampleError] = []
-        self.palette = info.flat_palette()
-        self.final = folder / (f"{name}.tar" if layout == "tar" else name)
-        self.partial = folder / f".{self.final.name}.{os.getpid()}.partial"
-        self.tar: TarWriter | None = None
-        if layout == "tar":
-            self.file = open(self.partial, "wb")  # noqa: SIM115  (closed by publish or abandon)
-            self.tar = TarWriter(
-                self.file, "root", "root", 0o644, encoder=False, mtime=0, format="GNU_FORMAT"
-            )
-        else:
-            self.partial.mkdir()
-
-    def add(self, key: str, members: dict[str, Any]) -> None:
-        """Append the results of one image."""
-        self._write(key, {k: encode(k, v, self.palette) for k, v in members.items()})
-        self.images += 1
-
-    def _write(self, key: str, members: dict[str, bytes]) -> None:
-        if self.tar:
-            self.tar.write({"__key__": key, **members})
-            return
-        for ending, data in members.items():
-            path = self.partial / f"{key}.{ending}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-
-    def publish(self, states: dict[str, Tensor]) -> None:
-        """Give the shard its final name, with its record inside."""
-        for key, members in ShardRecord(self.images, self.errors, states).members().items():
-            self._write(key, members)
-        if self.tar:
-            self.tar.close()
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
-        self.partial.replace(self.final)
-
-    def abandon(self) -> None:
-        """Remove what was written."""
-        if self.tar:
-            self.file.close()
-            self.partial.unlink(missing_ok=True)
-        else:
-            shutil.rmtree(self.partial, ignore_errors=True)
+def leftover_of(file: str) -> str:
+    """The shard that a partial output or a note of a lost shard belongs to; empty for others."""
+    if file.endswith(".error.json"):
+        return file.removesuffix(".error.json")
+    if file.startswith(".") and file.endswith(".partial"):
+        return file[1:].rsplit(".", 2)[0].removesuffix(".tar")
+    return ""
 
 
-def read_run(folder: Path) -> tuple[Task, DatasetInfo]:
-    """The task, without its backbone, and the data set of a run.
-
-    Raises:
-        RunError: the folder holds no run.
-    """
-    try:
-        run = json.loads((folder / "run.json").read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{folder} is not a run's folder: {error}") from None
-    settings = dict(run["identity"]["task"])
-    name = settings.pop("class")
-    if name not in TASKS.values():
-        raise RunError(f"{folder} is a run of an unknown task {name!r}")
-    config = BackboneConfig(**settings.pop("backbone"))
-    task: Task = getattr(tasks, name)(config, **settings)
-    return task, DatasetInfo(**{k: _tuples(v) for k, v in run["info"].items()})
+def _is_partial(path: Path) -> bool:
+    return path.name.endswith(".partial")
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
-
-
-def summarise(folder: Path, task: Task, info: DatasetInfo) -> Report:
-    """Merge the records of all published shards in shard order, and write the run's summary files.
-
-    Writes ``metrics.json``, ``metrics.csv`` (class-wise) and ``errors.jsonl``.
-    """
-    metrics = task.configure_metrics(info)
-    images, errors, done = 0, [], 0
-    names = json.loads((folder / "run.json").read_text())["shards"]
-    for name in names:
-        record = _published(folder, name)
-        if isinstance(record, SampleError):
-            errors.append(record)
-        elif record:
-            done += 1
-            images += record.images
-            errors += record.errors
-            merge_states(metrics, record.states)
-    report = task.report(metrics, info)
-    summary = {
-        "metrics": report.metrics,
-        "per_class": report.per_class,
-        "details": report.details,
-        "images": images,
-        "errors": len(errors),
-        "shards": {"done": done, "of": len(names)},
-    }
-    write_atomically(folder / "metrics.json", json.dumps(_finite(summary), indent=1))
-    write_atomically(folder / "metrics.csv", _csv(report))
-    lines = (
-        json.dumps({"shard": e.shard, "key": e.key, "reason": e.reason}, ensure_ascii=False)
-        for e in errors
-    )
-    write_atomically(folder / "errors.jsonl", "".join(f"{line}\n" for line in lines))
-    return report
-
-
-def _published(folder: Path, name: str) -> ShardRecord | SampleError | None:
-    for path in (folder / f"{name}.tar", folder / name):
-        if path.exists():
-            return ShardRecord.load(path)
-    lost = folder / f"{name}.error.json"
-    return SampleError(*json.loads(lost.read_text())) if lost.exists() else None
-
-
-def merge_states(metrics: dict[str, Metric], states: dict[str, Tensor]) -> None:
-    """Add the states of one shard, as `Task.pop_metric_state` gave them, to ``metrics``."""
-    for name, metric in metrics.items():
-        prefix = f"{name}."
-        part = {k.removeprefix(prefix): v for k, v in states.items() if k.startswith(prefix)}
-        if part:
-            lists = {
-                k: [v] if isinstance(metric._defaults[k], list) else v for k, v in part.items()
-            }
-            metric.merge_state(lists)
+def _task(module: LightningModule) -> Task:
+    if not isinstance(module, Task):
+        raise TypeError(f"the writer needs one of the project's tasks, got {type(module).__name__}")
+    return module
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -423,30 +268,3 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
         for key, value in tree.items()
         for k, v in flatten(value, f"{prefix}.{key}" if prefix else str(key)).items()
     }
-
-
-def _csv(report: Report) -> str:
-    columns = list(dict.fromkeys(c for values in report.per_class.values() for c in values))
-    buffer = io.StringIO()
-    table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(["class", *columns])
-    for name, values in report.per_class.items():
-        table.writerow([name, *(values.get(c, "") for c in columns)])
-    for name, value in report.metrics.items():
-        table.writerow([name, value])
-    return buffer.getvalue()
-
-
-def _finite(value: Any) -> Any:
-    """``value`` with NaN as null: JSON knows no NaN."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, float) and value != value:
-        return None
-    return value
-
-
-def _task(module: LightningModule) -> Task:
-    if not isinstance(module, Task):
-        raise TypeError(f"the writer needs one of the project's tasks, got {type(module).__name__}")
-    return module

@@ -6,8 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from tasks._output import RunError
 from tasks._progress import print_report
-from tasks.writer import RunError, read_run, summarise
+from tasks.summary import read_run, summarise
 
 
 def main(argv: list[str]) -> int:
@@ -21,9 +22,9 @@ def main(argv: list[str]) -> int:
     folder = parser.parse_args(argv).run
     try:
         task, info = read_run(folder)
-        report = summarise(folder, task, info)
+        summarise(folder, task, info)
     except RunError as error:
         print(f"lightning metrics: {error}", file=sys.stderr)
         return 1
-    print_report(folder, report)
+    print_report(folder)
     return 0

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import signal
 import sys
 import warnings
 from importlib import import_module
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from datamodules import DATASETS, ShardDataModule
 from tasks import TASKS
 from tasks._configs import with_paths
+from tasks._output import RunError, Stopped
 from tasks._progress import ImageProgress, print_report
 from tasks.base import Task
-from tasks.writer import ResultWriter, RunError
+from tasks.writer import ResultWriter
 
 
 def main(argv: list[str]) -> int:
@@ -32,18 +37,45 @@ def main(argv: list[str]) -> int:
     # Noise that a user can do nothing about.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LightningCLI's args parameter.*")
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", ".*persistent_workers.*")
     warnings.filterwarnings("ignore", ".*Couldn't infer the batch indices.*")
     try:
         cli = PredictCLI(args=with_paths(argv))
         cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
-    except (RunError, FileNotFoundError, ValueError) as error:
-        if os.environ.get("CLIP_SURGERY_TRACEBACK"):
-            raise
+    except Stopped as error:
         print(f"lightning predict: {error}", file=sys.stderr)
+        return 128 + signal.SIGTERM
+    except Exception as error:
+        hint = explain(error)
+        if hint is None or os.environ.get("CLIP_SURGERY_TRACEBACK"):
+            raise
+        print(f"lightning predict: {hint}", file=sys.stderr)
         return 1
-    if cli.trainer.is_global_zero and cli.writer.report:
-        print_report(cli.writer.output, cli.writer.report)
+    if dist.is_initialized():
+        dist.destroy_process_group()  # else gloo's threads may abort the process as it exits
+    if cli.trainer.is_global_zero:
+        print_report(cli.writer.output)
     return 0
+
+
+def explain(error: Exception) -> str | None:
+    """What a user should know of an error, and do; None for one that is our own fault."""
+    again = "Finished shards are kept: run the same command again to go on"
+    if isinstance(error, RunError | FileNotFoundError | ValueError):
+        return f"{error}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full ({error}). Make room. {again}"
+    if isinstance(error, OSError):
+        return f"{error}. {again}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"one image doesn't fit the GPU's memory: a smaller --data.image_size may. {again}"
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return (
+            f"a loader worker died, often for lack of memory ({str(error).splitlines()[0]}). Fewer "
+            f"--data.num_workers need less. {again}"
+        )
+    return None
 
 
 class PredictCLI(LightningCLI):
@@ -87,7 +119,7 @@ class PredictCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """The Trainer, with the writer and a progress bar that counts images."""
         self.writer = self._get(self.config_init, "writer")
-        self.writer.config = self.parser.dump(self.config, skip_none=False)
+        self.writer.config = self.parser.dump(self.config, skip_unset=False)
         if self.config.trainer.enable_progress_bar is not False:
             theirs = self._get(self.config_init, "trainer").get("callbacks") or []
             kwargs["callbacks"] = [

@@ -1,0 +1,199 @@
+"""What CLIP itself would say of an image: texts found by gradient ascent on soft tokens.
+
+The idea is that of the text opinions in zer0int/CLIP_Surgery, which go back to a script by
+@advadnoun: start from random tokens, and follow the gradient of the cosine with the image. Two
+things differ. The views of the image are encoded once and not again in every step: the mean cosine
+with all of them is the dot product with the mean of their unit features. And every sequence is
+optimised by itself, with random numbers of its own, so that neither the number of sequences that
+share the memory nor the other images of a batch reach the result.
+"""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from surgery.backbone import Backbone
+
+_TEMPERATURE = 1000.0  # of the softmax behind the hard choice: all tokens get their gradient
+_MOMENTUM = 0.9
+_DEGREES, _SHIFT, _PROBABILITY = 10.0, 0.1, 0.8  # of the views
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """What an ascent passed through.
+
+    ids: int64 [steps, S, L], the L tokens that each of S sequences stood for at every step, without
+    start and end. scores: float32 [steps, S], their mean cosine with the views, in [-1, 1].
+    """
+
+    ids: Tensor
+    scores: Tensor
+
+
+def seed_from(*parts: object) -> int:
+    """A seed below 2^63 that depends on the parts alone, on every machine alike."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def views(image: Tensor, count: int, seed: int) -> Tensor:
+    """An image uint8 [3, H, W] and `count` - 1 variants of it: uint8 [count, 3, H, W].
+
+    A variant is turned by up to 10 degrees and moved by up to a tenth of the side, or, one time in
+    five, the image as it is; the edge is continued outwards.
+    """
+    if image.dtype != torch.uint8 or image.ndim != 3 or count < 1:
+        raise ValueError(
+            f"expected an image uint8 [3, H, W] and a count of 1 or more, given {image.dtype} "
+            f"{list(image.shape)} and {count}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    angle, x, y = (2 * torch.rand(count, 3, generator=generator, dtype=torch.float32) - 1).T
+    moved = torch.rand(count, generator=generator, dtype=torch.float32) < _PROBABILITY
+    moved[0] = False
+    angle = angle * moved * math.radians(_DEGREES)
+    x, y = (2 * _SHIFT * shift * moved for shift in (x, y))
+    # Turned in pixels: the coordinates of a grid are in units of half a side.
+    ratio = image.shape[1] / image.shape[2]
+    rows = (angle.cos(), -angle.sin() * ratio, x, angle.sin() / ratio, angle.cos(), y)
+    matrix = torch.stack(rows, dim=1).view(count, 2, 3).to(image.device)
+    batch = image[None].float().expand(count, -1, -1, -1)
+    grid = F.affine_grid(matrix, list(batch.shape), align_corners=False)
+    turned = F.grid_sample(batch, grid, padding_mode="border", align_corners=False)
+    return turned.round().to(torch.uint8)
+
+
+def mean_feature(backbone: Backbone, images: Tensor, micro_batch: int) -> Tensor:
+    """Mean of the unit class tokens of images uint8 [B, 3, H, W]: [C], in float32.
+
+    micro_batch: images that are encoded at a time.
+    """
+    total = torch.zeros(backbone.embed_dim, dtype=torch.float32, device=backbone.device)
+    for part in images.split(micro_batch):
+        tokens = backbone.encode_image(backbone.preprocess(part.to(backbone.device)))
+        total += F.normalize(tokens.class_token.float(), dim=-1).sum(dim=0)
+    return total / len(images)
+
+
+def ascend(
+    backbone: Backbone,
+    tokenizer: Any,
+    target: Tensor,
+    *,
+    sequences: int,
+    length: int,
+    steps: int,
+    lr: float,
+    seed: int,
+    micro_batch: int,
+) -> Ascent:
+    """Texts whose features come near to a target [C], by gradient ascent on their tokens.
+
+    Each of `length` positions of a sequence has one logit a token of the vocabulary, at first
+    standard normal. A step adds Gumbel noise, takes the best token (straight-through: the gradient
+    is that of the softmax behind the choice), and moves the logits along the running mean of the
+    gradient of text . target, scaled so that a step changes the foremost logit of a position by
+    `lr`. Works under inference mode and autocast, in full precision.
+
+    sequences: S. seed: with the number of a sequence, it settles its random numbers. micro_batch:
+    sequences in memory at a time, each with some 10 x length x V numbers; the others follow.
+    """
+    if not 1 <= length <= backbone.context_length - 2:
+        raise ValueError(
+            f"length: expected 1 to {backbone.context_length - 2} tokens, given {length}"
+        )
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(backbone.device.type, enabled=False),
+    ):
+        target = target.detach().float().clone()
+        special = _special_tokens(tokenizer)
+        parts = [
+            _ascend(backbone, special, target, numbers, length, steps, lr, seed)
+            for numbers in torch.arange(sequences).split(micro_batch)
+        ]
+    return Ascent(
+        torch.cat([ids for ids, _ in parts], dim=1),
+        torch.cat([scores for _, scores in parts], dim=1),
+    )
+
+
+def _ascend(
+    backbone: Backbone,
+    special: tuple[int, int],
+    target: Tensor,
+    numbers: Tensor,
+    length: int,
+    steps: int,
+    lr: float,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """ids [steps, m, length] and scores [steps, m] of m sequences, by their numbers."""
+    device, vocabulary = target.device, int(backbone.model.vocab_size)
+    generators = [
+        torch.Generator(device).manual_seed(seed_from(seed, number)) for number in numbers.tolist()
+    ]
+    # Half precision, if it is this run's default, would lose the small steps.
+    blank = torch.empty(length, vocabulary, dtype=torch.float32, device=device)
+    logits = torch.stack([torch.empty_like(blank).normal_(generator=g) for g in generators])
+    logits[..., list(special)] = -math.inf
+    start, end = (
+        F.one_hot(torch.tensor(index, device=device), vocabulary).float().expand(len(logits), 1, -1)
+        for index in special
+    )
+    momentum = torch.zeros_like(logits)
+    ids, scores = [], []
+    for _ in range(steps):
+        noise = [
+            torch.empty_like(blank).exponential_(generator=g).log_().neg_() for g in generators
+        ]
+        noisy = (logits + torch.stack(noise)).requires_grad_()
+        soft = (noisy / _TEMPERATURE).softmax(dim=-1)
+        chosen = noisy.argmax(dim=-1)
+        tokens = F.one_hot(chosen, vocabulary) + (soft - soft.detach())
+        features = backbone.encode_soft_tokens(torch.cat([start, tokens, end], dim=1))
+        score = F.normalize(features[:, -1], dim=-1) @ target
+        (gradient,) = torch.autograd.grad(score.sum(), noisy)
+        momentum = momentum.lerp(gradient, 1 - _MOMENTUM)
+        foremost = (
+            momentum.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        )
+        logits += lr * momentum / foremost
+        ids.append(chosen)
+        scores.append(score.detach())
+    return torch.stack(ids), torch.stack(scores)
+
+
+def word_frequencies(tokenizer: Any, ids: Tensor) -> dict[str, int]:
+    """How often each word stands in sequences of token ids [..., L], the most frequent first.
+
+    A word is what white space and punctuation leave of a decoded sequence; one that two tokens
+    make up ("trou", "ser") counts as one.
+    """
+    counts: Counter[str] = Counter()
+    texts: Counter[tuple[int, ...]] = Counter(map(tuple, ids.flatten(0, -2).tolist()))
+    for sequence, times in texts.items():
+        for word in _words(tokenizer, sequence):
+            counts[word] += times
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _words(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    known = [i for i in ids if i in tokenizer.decoder] if hasattr(tokenizer, "decoder") else ids
+    text = tokenizer.decode(list(known))
+    return "".join(c if c.isalnum() else " " for c in text).split()
+
+
+def _special_tokens(tokenizer: Any) -> tuple[int, int]:
+    """Ids of the start and the end token."""
+    ids = tokenizer([""])[0]
+    return int(ids[0]), int(ids.max())

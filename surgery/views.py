@@ -1,0 +1,146 @@
+"""Labels for every pixel: whole images, tiles or sliding windows, and the best text at each place."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from surgery.backbone import Backbone
+from surgery.features import similarity
+
+_VIEWS_AT_ONCE = 8
+_NUMBERS_AT_ONCE = 1 << 24  # 64 MiB of float32: similarities at pixel resolution held at a time
+
+
+@dataclass(frozen=True)
+class View:
+    """A rectangle of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def of(self, image: Tensor) -> Tensor:
+        """That part of an image [..., H, W]."""
+        bottom, right = self.top + self.height, self.left + self.width
+        return image[..., self.top : bottom, self.left : right]
+
+
+def cut_views(
+    size: tuple[int, int], window: int | None = None, stride: int | None = None
+) -> list[View]:
+    """Square windows that cover an image (height, width), row by row; without a window, all of it.
+
+    window, stride: in pixels; stride = window gives tiles. Where windows would reach over the lower
+    or right border, the last ones are moved back inside, as published evaluations do. An image
+    smaller than the window is a view by itself in that direction.
+    """
+    if window is None:
+        return [View(0, 0, *size)]
+    step = stride or window
+    if not 0 < step <= window:
+        raise ValueError(f"expected a stride of 1 to {window} pixels, given {step}")
+    (tops, height), (lefts, width) = (_starts(side, window, step) for side in size)
+    return [View(top, left, height, width) for top in tops for left in lefts]
+
+
+def view_similarities(
+    backbone: Backbone, images: Sequence[Tensor], views: Sequence[Sequence[View]], text: Tensor
+) -> list[list[Tensor]]:
+    """Cosine of the patches of each view of each image with texts [T, C]: [T, h, w] each.
+
+    images: uint8 [3, H, W], of any sizes. Views of equal size are encoded together; one that the
+    patches don't divide is filled up with the mean colour at its lower and right border.
+    """
+    found: list[list[Tensor]] = [[text.new_empty(0)] * len(boxes) for boxes in views]
+    alike: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for i, boxes in enumerate(views):
+        for j, view in enumerate(boxes):
+            alike.setdefault((view.height, view.width), []).append((i, j))
+    most = max(_VIEWS_AT_ONCE, len(images))
+    rows, columns = backbone.patch_size
+    for (height, width), places in alike.items():
+        for start in range(0, len(places), most):
+            chosen = places[start : start + most]
+            pixels = backbone.preprocess(
+                torch.stack([views[i][j].of(images[i]) for i, j in chosen])
+            )
+            tokens = backbone.encode_image(F.pad(pixels, (0, -width % columns, 0, -height % rows)))
+            scores = similarity(tokens.patch_tokens, text).transpose(1, 2).unflatten(2, tokens.grid)
+            for (i, j), values in zip(chosen, scores, strict=True):
+                found[i][j] = values
+    return found
+
+
+def best_text(
+    scores: Sequence[Tensor],
+    views: Sequence[View],
+    image_size: tuple[int, int],
+    size: tuple[int, int],
+    patch_size: tuple[int, int],
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The text of highest similarity at every pixel of an image.
+
+    scores: [T, h, w] of each view; views, image_size: as the network saw the image; size: (H, W) of
+    the answer. The view of a whole image is enlarged to `size` at once, bilinearly and without
+    corner alignment; several are enlarged to their pixels, averaged where they overlap, and then
+    brought to `size`.
+
+    Returns the index [H, W] int64 (the first of equals), and, with a `scale`, the probability
+    [H, W] that a softmax over all T texts of scale x similarity gives it. Texts are handled a few
+    at a time, so that memory does not grow with T.
+    """
+    count = len(scores[0])
+    cells = max(size[0] * size[1], image_size[0] * image_size[1])
+    step = max(1, _NUMBERS_AT_ONCE // cells)
+    best = scores[0].new_full(size, -torch.inf)
+    total = best.clone()
+    index = torch.zeros(size, dtype=torch.int64, device=best.device)
+    for start in range(0, count, step):
+        part = _enlarge(
+            [s[start : start + step] for s in scores], views, image_size, size, patch_size
+        )
+        top, winner = part.max(dim=0)
+        index = torch.where(top > best, winner + start, index)
+        best = torch.maximum(top, best)
+        if scale is not None:
+            total = torch.logaddexp(total, (scale * part).logsumexp(dim=0))
+    return index, None if scale is None else (scale * best - total).exp()
+
+
+def _enlarge(
+    parts: Sequence[Tensor],
+    views: Sequence[View],
+    image_size: tuple[int, int],
+    size: tuple[int, int],
+    patch_size: tuple[int, int],
+) -> Tensor:
+    """Similarities [c, h, w] of each view as one map of the image, [c, H, W]."""
+    full = [step * cells for step, cells in zip(patch_size, parts[0].shape[1:], strict=True)]
+    if len(views) == 1 and full == list(image_size):
+        return _resize(parts[0], size)
+    canvas = parts[0].new_zeros(len(parts[0]), *image_size)
+    seen = parts[0].new_zeros(image_size)
+    for part, view in zip(parts, views, strict=True):
+        pixels = _resize(part, (full[0], full[1]))[:, : view.height, : view.width]
+        view.of(canvas).add_(pixels)
+        view.of(seen).add_(1)
+    return _resize(canvas.div_(seen), size)
+
+
+def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    if maps.shape[1:] == size:
+        return maps
+    return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
+def _starts(side: int, window: int, stride: int) -> tuple[list[int], int]:
+    """Where windows start along one side, and how long they are."""
+    length = min(window, side)
+    count = -(-max(side - window, 0) // stride) + 1
+    return [min(i * stride, side - length) for i in range(count)], length

@@ -1,0 +1,110 @@
+"""SAM and SAM 2 through transformers: points on an image in, one mask a set of points out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def need_transformers() -> None:
+    """Check that the extra is installed.
+
+    Raises:
+        ValueError: says how to install it.
+    """
+    if find_spec("transformers") is None:
+        raise ValueError(
+            "--model.sam needs transformers: `pip install clip-surgery-lightning[sam]`. Without "
+            "--model.sam, points and their accuracy are there all the same"
+        )
+
+
+class PointSegmenter(nn.Module):
+    """A frozen SAM or SAM 2.
+
+    Args:
+        name: of the weights on the Hugging Face hub (facebook/sam-vit-base,
+            facebook/sam2.1-hiera-tiny, ...), or a folder with weights and processor.
+
+    Raises:
+        ValueError: not there, or neither SAM nor SAM 2.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        need_transformers()
+        import transformers
+
+        try:
+            config = transformers.AutoConfig.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--model.sam {name}: {error}") from None
+        # SAM 2 is published with the weights of its video model, of which the image model is a part.
+        kinds = {"sam": "Sam", "sam2": "Sam2", "sam2_video": "Sam2"}
+        if config.model_type not in kinds:
+            raise ValueError(
+                f"--model.sam {name} is a {config.model_type!r}, expected one of {', '.join(kinds)}"
+            )
+        kind = kinds[config.model_type]
+        try:
+            self.model: Any = getattr(transformers, f"{kind}Model").from_pretrained(name)
+            self.processor: Any = getattr(transformers, f"{kind}Processor").from_pretrained(name)
+        except OSError as error:
+            raise ValueError(f"--model.sam {name}: {error}") from None
+        self.requires_grad_(False)
+        self.eval()
+
+    def forward(
+        self, image: Tensor, prompts: Sequence[tuple[Tensor, Tensor]]
+    ) -> list[tuple[Tensor, float]]:
+        """The best mask of each prompt, by SAM's own estimate of its IoU.
+
+        The image is encoded once, and the points of a prompt go through the decoder in one call.
+
+        Args:
+            image: uint8 [3,H,W].
+            prompts: points [K,2] as (x, y) in pixels of the image, and labels [K], 1 on the object and
+                0 off it; one or more points each.
+
+        Returns:
+            for each prompt its mask, bool [H,W], and the estimated IoU.
+        """
+        counts = [len(labels) for _, labels in prompts]
+        if not counts:
+            return []
+        points = [point.tolist() for group, _ in prompts for point in group]
+        labels = [int(label) for _, group in prompts for label in group]
+        # As a single prompt: the processor only brings the points to the network's scale.
+        inputs = self.processor(
+            images=image.permute(1, 2, 0).cpu().numpy(),
+            input_points=[[points]],
+            input_labels=[[labels]],
+            return_tensors="pt",
+        )
+        device = self.model.device
+        embedding = self.model.get_image_embeddings(inputs["pixel_values"].to(device))
+        groups = zip(
+            inputs["input_points"].float().to(device).split(counts, dim=2),
+            inputs["input_labels"].to(device).split(counts, dim=2),
+            strict=True,
+        )
+        sizes = {k: inputs[k] for k in ("original_sizes", "reshaped_input_sizes") if k in inputs}
+        return [self._decode(embedding, group, signs, sizes) for group, signs in groups]
+
+    def _decode(
+        self, embedding: Any, points: Tensor, labels: Tensor, sizes: dict[str, Tensor]
+    ) -> tuple[Tensor, float]:
+        found = self.model(
+            image_embeddings=embedding,
+            input_points=points,
+            input_labels=labels,
+            multimask_output=True,
+        )
+        best = int(found.iou_scores[0, 0].argmax())
+        masks = found.pred_masks[:, :, best : best + 1].float().cpu()
+        mask = self.processor.post_process_masks(masks, **sizes)[0][0, 0]
+        return mask.to(torch.bool), float(found.iou_scores[0, 0, best])

@@ -1,0 +1,86 @@
+"""Text features from a file, in place of prompts: learned prompts (CoOp, TaI-DPT, ...) plugged in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+TENSORS = ("text_features", "features")
+
+
+def read_text_features(path: str, words: Sequence[str], aliases: Mapping[str, str]) -> Tensor:
+    """Features of ``words`` from a safetensors file, of unit length: [T,C] float32.
+
+    The file holds one matrix (or one called ``text_features`` or ``features``), a row a text. Its
+    names are a JSON list: metadata ``names``, or a file of the same name that ends in ``.json``. With
+    names, rows are found by them, whatever their order, and there may be more than needed; upper
+    case, underscores and double spaces make no difference. Without, row i belongs to word i.
+
+    Args:
+        path: of the file.
+        words: what features are wanted of.
+        aliases: word -> its other name, such as the official class name.
+
+    Raises:
+        ValueError: no such file, not of this format, or its shape or names don't fit.
+    """
+    if not words:
+        raise ValueError(
+            "--model.text_features: the data set has no classes that they could stand for"
+        )
+    features, names = _read(Path(path))
+    if not features.isfinite().all() or not features.norm(dim=1).all():
+        raise ValueError(f"{path}: a text feature is zero or not finite")
+    if names is not None:
+        if len(names) != len(features):
+            raise ValueError(f"{path} has {len(names)} names for {len(features)} text features")
+        rows = {_plain(name): i for i, name in enumerate(names)}
+        places = [rows.get(_plain(w), rows.get(_plain(aliases.get(w, w)))) for w in words]
+        missing = [w for w, place in zip(words, places, strict=True) if place is None]
+        if missing:
+            raise ValueError(
+                f"{path} has no feature named {', '.join(map(repr, missing[:8]))} "
+                f"({len(missing)} of {len(words)} missing); it has {', '.join(names[:8])}, ..."
+            )
+        features = features[[place for place in places if place is not None]]
+    if len(features) != len(words):
+        raise ValueError(
+            f"{path} has {len(features)} text features, expected {len(words)}, one each for "
+            f"{', '.join(words[:4])}, ...; or give them names (metadata `names`, a JSON list)"
+        )
+    return F.normalize(features.float(), dim=-1)
+
+
+def _read(path: Path) -> tuple[Tensor, list[str] | None]:
+    try:
+        with safe_open(path, "pt") as file:
+            keys = list(file.keys())
+            key = next((k for k in TENSORS if k in keys), keys[0] if len(keys) == 1 else None)
+            if key is None:
+                raise ValueError(f"{path} has tensors {keys[:8]}: call the one [T, C] {TENSORS[0]}")
+            features = file.get_tensor(key)
+            listed = (file.metadata() or {}).get("names")
+        companion = path.with_suffix(".json")
+        if listed is None and companion.exists():
+            listed = companion.read_text()
+        names = None if listed is None else json.loads(listed)
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"--model.text_features {path}: {error}") from None
+    if features.ndim != 2 or not features.is_floating_point():
+        raise ValueError(
+            f"{path}: expected text features [T, C], given {features.dtype} {list(features.shape)}"
+        )
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ):
+        raise ValueError(f"{path}: its names are not a JSON list of texts")
+    return features, names
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.casefold().replace("_", " ").split())

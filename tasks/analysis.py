@@ -1,0 +1,219 @@
+"""The paper's looks into CLIP: attention, modules, redundant features (Figures 4 to 6)."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from datamodules.samples import Batch, DatasetInfo
+from surgery import feature_surgery, similarity
+from surgery.analysis import (
+    ATTENTIONS,
+    MODULES,
+    RATIOS,
+    TOKENS,
+    affinity,
+    cells,
+    check_blocks,
+    foreground_selection,
+    map_likeness,
+    walk_blocks,
+)
+from surgery.metrics import ClassMean
+from tasks._tables import Cell, Table
+from tasks.base import BackboneConfig, ImageResult, Report, Task, label_masks
+
+LIKENESS = ("cosine", "correlation")
+STAGES = ("plain", "feature_surgery")
+
+
+class Analysis(Task):
+    """What does CLIP's attention select, what do its modules say, and what do all texts share?
+
+    Three analyses of the paper, each measured on the positive labels of every image, averaged over
+    the images of a class and then over classes. The numbers of each image are in its json, those of
+    the run in one csv an analysis, with a plot.
+
+    Args:
+        backbone: which CLIP, and how it is read. The first two analyses look into the blocks of a
+            plain ViT whatever ``attention`` says, the third at the maps that it gives.
+        selection: mFSR of raw and consistent self-attention in every block (Eq. 4, Fig. 4b); needs
+            masks. How it is measured: ``surgery.analysis.foreground_selection``.
+        affinity: cosine of every attention and FFN module's output with the text features of the
+            positive labels (Eq. 5, Fig. 5).
+        redundancy: how like the maps of positive labels are to the empty text's, before and after
+            feature surgery (Fig. 6).
+        text_features: safetensors file with features of the class texts, in place of prompts.
+    """
+
+    needs = ("classes", "mask")
+
+    empty: Tensor | None
+    """[1,C] feature of the empty text."""
+
+    def __init__(
+        self,
+        backbone: BackboneConfig | None = None,
+        selection: bool = True,
+        affinity: bool = True,
+        redundancy: bool = True,
+        text_features: str | None = None,
+    ) -> None:
+        super().__init__(backbone, text_features)
+        if not (selection or affinity or redundancy):
+            raise ValueError("no analysis is left: set selection, affinity or redundancy to true")
+        self.selection = selection
+        self.affinity = affinity
+        self.redundancy = redundancy
+        if not selection:
+            self.needs = ("classes", "positives")
+        self.register_buffer("empty", None, persistent=False)
+
+    def configure_texts(self) -> None:
+        """Class texts, and the empty one; a backbone without blocks is refused here already."""
+        if self.selection or self.affinity:
+            check_blocks(self.backbone)
+        super().configure_texts()
+        tokenizer = self.backbone.tokenizer
+        self.empty = self.backbone.encode_text(tokenizer([""]).to(self.backbone.device))
+
+    def configure_metrics(self, info: DatasetInfo) -> dict[str, Metric]:
+        """One mean over images and classes an analysis."""
+        count = len(info.classes)
+        dims = {"selection": 3, "affinity": 3, "redundancy": 2}
+        return {name: ClassMean(count, n) for name, n in dims.items() if getattr(self, name)}
+
+    def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
+        """All numbers of each image."""
+        results = []
+        for i, (key, image) in enumerate(zip(batch.keys, batch.images, strict=True)):
+            positives, label = batch.positives[i] or (), batch.labels[i]
+            values: dict[str, Tensor] = {}
+            if positives:
+                values = self._measure(image, positives, label)
+                for name, numbers in values.items():
+                    self.metrics[name].update(numbers, torch.tensor(positives))
+            names = [self.info.classes[index] for index in positives]
+            results.append(ImageResult(key, {"json": _record(names, values)}))
+        return results
+
+    def _measure(
+        self, image: Tensor, positives: tuple[int, ...], label: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Analysis -> values [P, ...] of an image uint8 [3,S,S'] and its positive labels."""
+        pixels = self.backbone.preprocess(image[None])
+        values: dict[str, Tensor] = {}
+        if self.redundancy:
+            values["redundancy"] = self._redundancy(pixels, positives)
+        if self.selection or self.affinity:
+            values |= self._look_inside(pixels, positives, label)
+        return values
+
+    def _redundancy(self, pixels: Tensor, positives: tuple[int, ...]) -> Tensor:
+        """[P, 2 stages, 2 kinds of likeness] to the empty text's map."""
+        assert self.text is not None
+        assert self.empty is not None  # both are set before the first batch
+        tokens = self.backbone.encode_image(pixels)
+        plain = similarity(tokens.patch_tokens, torch.cat([self.text, self.empty]))[0]
+        freed = feature_surgery(
+            tokens.patch_tokens,
+            tokens.class_token,
+            self.text,
+            redundant=self.empty if len(self.text) == 1 else None,
+        )[0]
+        chosen = list(positives)
+        maps = (plain[:, chosen], freed[:, chosen])
+        return torch.stack([map_likeness(m, plain[:, -1]) for m in maps], dim=1)
+
+    def _look_inside(
+        self, pixels: Tensor, positives: tuple[int, ...], label: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Selection [P, blocks, 2 attentions, 3 ratios], affinity [P, blocks, 2 modules, 2 tokens]."""
+        assert self.text is not None
+        text = self.text[list(positives)]
+        selected: list[Tensor] = []
+        affine: list[Tensor] = []
+        for block in walk_blocks(self.backbone, pixels):
+            if self.selection and label is not None:
+                inside, counted = self._cells(label, positives, block.grid)
+                ratios = [
+                    foreground_selection(block.weights[kind][0, 1:, 1:], inside, counted)
+                    for kind in ATTENTIONS
+                ]
+                selected.append(torch.stack(ratios, dim=1))
+            if self.affinity:
+                angles = [affinity(block.outputs[module][0], text) for module in MODULES]
+                affine.append(torch.stack(angles, dim=1))
+        lists = {"selection": selected, "affinity": affine}
+        return {name: torch.stack(rows, dim=1) for name, rows in lists.items() if rows}
+
+    def _cells(
+        self, label: Tensor, positives: tuple[int, ...], grid: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """bool [P,N]: cells that an object covers by half or more, and those not mostly void."""
+        foreground, valid = label_masks(label, positives, self.info)
+        foreground = foreground & valid
+        return cells(foreground, grid) >= 0.5, cells(valid.expand_as(foreground), grid) > 0.5
+
+    def report(self, metrics: dict[str, Metric], info: DatasetInfo) -> Report:
+        """The headline of each analysis, the curves over the blocks, and the bars of the classes."""
+        means = cast("dict[str, ClassMean]", metrics)
+        numbers: dict[str, float] = {}
+        per_class: dict[str, dict[str, float]] = {}
+        tables: dict[str, Table] = {}
+        if "selection" in means:
+            values = means["selection"].mean()  # [blocks, attentions, ratios]
+            for i, kind in enumerate(ATTENTIONS):
+                numbers[f"mFSR_{kind}"] = float(values[:, i, 0].mean())
+            tables["mfsr"] = _curves(values[..., :1], ATTENTIONS, ("",), "mFSR")
+            tables["mfsr_readings"] = _curves(values, ATTENTIONS, RATIOS, "mFSR")
+        if "affinity" in means:
+            values = means["affinity"].mean()  # [blocks, modules, tokens]
+            for i, module in enumerate(MODULES):
+                numbers[f"affinity_{module}"] = float(values[:, i, 0].mean())
+            tables["affinity"] = _curves(values, MODULES, TOKENS, "cosine with positive labels")
+        if "redundancy" in means:
+            classes = means["redundancy"].per_class()  # [K, stages, likeness]
+            columns = [f"{kind}_{stage}" for stage in STAGES for kind in LIKENESS]
+            rows = {
+                name: dict(zip(columns, values, strict=True))
+                for name, values in zip(info.classes, classes.flatten(1).tolist(), strict=True)
+            }
+            for i, stage in enumerate(STAGES):
+                numbers[f"redundancy_{stage}"] = float(means["redundancy"].mean()[i, 0])
+            per_class = rows
+            tables["redundancy"] = Table(
+                ("class", *columns),
+                [(name, *row.values()) for name, row in rows.items()],
+                plot="bars",
+                label="likeness to the empty text's map",
+            )
+        return Report(numbers, per_class, tables=tables)
+
+
+def _curves(values: Tensor, groups: tuple[str, ...], kinds: tuple[str, ...], label: str) -> Table:
+    """values [blocks, groups, kinds] as one row a block, counted from 1."""
+    columns = [f"{group}_{kind}".rstrip("_") for group in groups for kind in kinds]
+    rows: list[tuple[Cell, ...]] = [
+        (number, *row) for number, row in enumerate(values.flatten(1).tolist(), start=1)
+    ]
+    return Table(("block", *columns), rows, plot="lines", label=label)
+
+
+def _record(names: list[str], values: dict[str, Tensor]) -> dict[str, object]:
+    """The json of an image: class -> analysis -> nested lists, NaN as null."""
+    return {
+        name: {kind: _rounded(numbers[i].tolist()) for kind, numbers in values.items()}
+        for i, name in enumerate(names)
+    }
+
+
+def _rounded(value: object) -> object:
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    if isinstance(value, float):
+        return None if value != value else round(value, 6)
+    return value

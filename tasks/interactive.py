@@ -1,0 +1,197 @@
+"""Interactive segmentation without a person: texts become points, points become masks (Fig. 10)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from datamodules.samples import Batch, DatasetInfo
+from datamodules.shards import ShardDataModule
+from surgery import ImageTokens, encode_prompts, feature_surgery
+from surgery.metrics import MaskIoU, PointAccuracy
+from surgery.points import combined_points
+from tasks._sam import PointSegmenter, need_transformers
+from tasks.base import BackboneConfig, ImageResult, Report, Task, label_masks
+from tasks.explainability import slug
+
+
+class Interactive(Task):
+    """Where would one click for each text? Points, SAM's masks of them, and how good both are.
+
+    One text at a time: its map is that of feature surgery with the empty text's feature as the
+    redundant one. The map's strongest places become positive points and its weakest ones negative.
+    Texts joined by ``+`` (``--data.names "[person+bench]"``) ask for their union, as in the released
+    demo: positive points of each text's map, negative ones of the mean map.
+
+    With ``sam``, the points of a text are given to SAM at once, on the image at its own size, and the
+    mask that SAM thinks best is kept. Without, there are points and their accuracy.
+
+    Args:
+        backbone: which CLIP, and how it is read.
+        sam: weights of SAM or SAM 2: a name on the Hugging Face hub (facebook/sam-vit-huge,
+            facebook/sam2.1-hiera-large, ...) or a folder; needs the extra ``[sam]``.
+        threshold: map value in [0, 1] from which a place is a positive point.
+        down_sample: how many times smaller than the token grid the map is from which points are taken.
+        redundant: the empty text as it is (``empty``), or in all prompt templates (``templates``), as
+            the released demo has it.
+        text_features: features of the class texts from a file, see `Task`.
+    """
+
+    needs = ("classes",)
+
+    empty: Tensor | None
+    """[1,C] feature of the empty text."""
+
+    def __init__(
+        self,
+        backbone: BackboneConfig | None = None,
+        sam: str | None = None,
+        threshold: float = 0.8,
+        down_sample: int = 2,
+        redundant: Literal["empty", "templates"] = "empty",
+        text_features: str | None = None,
+    ) -> None:
+        super().__init__(backbone, text_features)
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"--model.threshold is a map value in [0, 1], got {threshold}")
+        if down_sample < 1:
+            raise ValueError(f"--model.down_sample must be at least 1, got {down_sample}")
+        self.sam = sam
+        self.threshold = threshold
+        self.down_sample = down_sample
+        self.redundant: Any = redundant
+        self.wants_originals = sam is not None
+        self.segmenter: PointSegmenter | None = None
+        self.register_buffer("empty", None, persistent=False)
+
+    def setup(self, stage: str) -> None:
+        """Load the backbone and SAM."""
+        super().setup(stage)
+        if self.sam is not None:
+            self.segmenter = PointSegmenter(self.sam)
+
+    def check_data(self, datamodule: ShardDataModule) -> None:
+        """Also refuse SAM where it is not installed."""
+        super().check_data(datamodule)
+        if self.sam is not None:
+            need_transformers()
+
+    def words(self, info: DatasetInfo) -> list[str]:
+        """The words of all prompts; one with ``+`` has several."""
+        return [word for group in texts_of(info) for word in group]
+
+    def configure_texts(self) -> None:
+        """Features of all words, and of the empty text."""
+        super().configure_texts()
+        if self.redundant == "templates":
+            self.empty = encode_prompts(self.backbone, self.backbone.tokenizer, [""])
+        else:
+            self.empty = self.backbone.encode_text(self.backbone.tokenizer([""]))
+
+    def configure_metrics(self, info: DatasetInfo) -> dict[str, Metric]:
+        """Accuracy of points, and IoU of SAM's masks, where there are masks to measure on."""
+        if info.labels != "mask":
+            return {}
+        count = len(info.classes)
+        metrics: dict[str, Metric] = {"points": PointAccuracy(count)}
+        return metrics if self.sam is None else metrics | {"iou": MaskIoU(count)}
+
+    def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
+        """Points, and masks with SAM, of the positive labels of each image."""
+        if not batch.keys:
+            return []
+        results = []
+        for i, tokens in enumerate(self.encode_images(batch.images)):
+            positives = batch.positives[i]
+            shown = tuple(range(len(self.info.classes))) if positives is None else positives
+            prompts = [self.points(tokens, index, batch.sizes[i]) for index in shown]
+            masks = self._masks(batch.originals[i], prompts)
+            label = batch.labels[i]
+            if label is not None and self.metrics and shown:
+                foreground, valid = (part.cpu() for part in label_masks(label, shown, self.info))
+                for p, index in enumerate(shown):
+                    truth = foreground[p], valid.expand_as(foreground)[p], index
+                    self.metrics["points"].update(*prompts[p], *truth)
+                    if masks:
+                        self.metrics["iou"].update(masks[p][0], *truth)
+            results.append(self._result(batch.keys[i], batch.sizes[i], shown, prompts, masks))
+        return results
+
+    def points(
+        self, tokens: ImageTokens, index: int, size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Points [K,2] (x, y) of one class on an image of size (H, W), and their labels [K]."""
+        assert self.text is not None  # needs = ("classes",)
+        groups = texts_of(self.info)
+        first = sum(len(group) for group in groups[:index])
+        text = self.text[first : first + len(groups[index])]
+        similarity = feature_surgery(
+            tokens.patch_tokens, tokens.class_token, text, redundant=self.empty
+        )[0]
+        points, labels = combined_points(
+            similarity, tokens.grid, size, threshold=self.threshold, down_sample=self.down_sample
+        )
+        return points.cpu(), labels.cpu()
+
+    def _masks(
+        self, original: Tensor | None, prompts: list[tuple[Tensor, Tensor]]
+    ) -> list[tuple[Tensor, float]]:
+        """SAM's mask of each prompt and its score; a prompt without points has an empty mask."""
+        if self.segmenter is None or original is None:
+            return []
+        asked = iter(self.segmenter(original, [p for p in prompts if len(p[1])]))
+        nothing = torch.zeros(original.shape[1:], dtype=torch.bool), 0.0
+        return [next(asked) if len(labels) else nothing for _, labels in prompts]
+
+    def _result(
+        self,
+        key: str,
+        size: tuple[int, int],
+        shown: tuple[int, ...],
+        prompts: list[tuple[Tensor, Tensor]],
+        masks: list[tuple[Tensor, float]],
+    ) -> ImageResult:
+        found: dict[str, Any] = {}
+        members: dict[str, Any] = {"json": {"texts": found, "size": list(size)}}
+        for p, index in enumerate(shown):
+            points, labels = prompts[p]
+            entry: dict[str, Any] = {"points": points.tolist(), "labels": labels.tolist()}
+            if masks:
+                mask, score = masks[p]
+                file = f"mask.{index:03d}-{slug(self.info.classes[index])}.png"
+                value = self.info.label_type(self.info.label_value(index))
+                members[file] = mask.numpy().astype(np.uint8) * value
+                entry |= {"mask": file, "score": round(score, 6)}
+            found[self.info.classes[index]] = entry
+        return ImageResult(key, members)
+
+    def report(self, metrics: dict[str, Metric], info: DatasetInfo) -> Report:
+        """Point accuracy, and mIoU of SAM's masks, with the class-wise numbers."""
+        points, iou = metrics.get("points"), metrics.get("iou")
+        if not isinstance(points, PointAccuracy):
+            return Report({})
+        values = {"point_accuracy": float(points.of(0, 1))}
+        columns = {"point_accuracy": points.per_class(), "points": points.points.sum(1)}
+        if isinstance(iou, MaskIoU):
+            values["mIoU"] = float(iou.per_class().nanmean())
+            columns |= {"IoU": iou.per_class(), "images": iou.images}
+        return Report(
+            metrics=values,
+            per_class={
+                name: {column: float(numbers[i]) for column, numbers in columns.items()}
+                for i, name in enumerate(info.classes)
+            },
+            details={
+                "positive_point_accuracy": float(points.of(1)),
+                "negative_point_accuracy": float(points.of(0)),
+            },
+        )
+
+
+def texts_of(info: DatasetInfo) -> list[list[str]]:
+    """The words of each class's prompt, which ``+`` joins."""
+    return [[word.strip() for word in prompt.split("+")] for prompt in info.prompts]

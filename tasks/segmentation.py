@@ -1,0 +1,219 @@
+"""Semantic segmentation: one class a pixel, without training (Table 5 of the paper)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+
+from datamodules.samples import VOID, Batch, DatasetInfo
+from datamodules.shards import ShardDataModule
+from surgery.metrics import Confusion
+from surgery.views import best_text, cut_views, view_similarities
+from tasks.base import BackboneConfig, ImageResult, Report, Task
+
+
+class Segmentation(Task):
+    """Which class is each pixel? A label map, mIoU and pixel accuracy.
+
+    As in the paper: architecture surgery alone. The cosines of patches and class texts are enlarged
+    to the label's size, and the largest one names the pixel's class, without a threshold. A class
+    of several words (``--data.synonyms``) counts by the best of them. Where the data set has
+    background words (``--data.background true``) or ``prob_thd`` is given, the background is a
+    class of its own, 0 in the label map; otherwise background pixels of the truth don't count.
+
+    Where the truth is one mask a class (COCO), pixels of several classes are void, and those of none
+    are background.
+
+    Args:
+        backbone: which CLIP, and how it is read.
+        background: words for what is no class, the best of them counts; by default the data set's.
+            An empty list for none.
+        prob_thd: a pixel is background where the softmax probability of its best word is less. The
+            softmax is over all words, background words included.
+        logit_scale: what cosines are multiplied with in that softmax; published evaluations use 40.
+        tile: side in pixels of the tiles that images are cut into, without overlap, and which the
+            backbone sees one by one (the paper's way with Cityscapes: 512). Give the size of the
+            whole image as ``--data.image_size``.
+        window: side in pixels of a sliding window; cosines are averaged where windows overlap.
+        stride: pixels from one window to the next; half of ``window`` by default.
+        text_features: features of the class texts from a file, see `Task`; in place of synonyms.
+    """
+
+    needs = ("classes",)
+
+    values: Tensor
+    """[T] label value that each word stands for."""
+
+    def __init__(
+        self,
+        backbone: BackboneConfig | None = None,
+        background: list[str] | None = None,
+        prob_thd: float | None = None,
+        logit_scale: float = 40.0,
+        tile: int | None = None,
+        window: int | None = None,
+        stride: int | None = None,
+        text_features: str | None = None,
+    ) -> None:
+        super().__init__(backbone, text_features)
+        if prob_thd is not None and not 0 <= prob_thd <= 1:
+            raise ValueError(f"--model.prob_thd is a probability in [0, 1], got {prob_thd}")
+        if tile is not None and window is not None:
+            raise ValueError("give --model.tile (no overlap) or --model.window, not both")
+        if stride is not None and (window is None or not 0 < stride <= window):
+            raise ValueError(
+                f"--model.stride needs a --model.window that is not smaller, got {stride}, {window}"
+            )
+        self.background = background
+        self.prob_thd = prob_thd
+        self.logit_scale = logit_scale
+        self.tile = tile
+        self.window = window
+        self.stride = stride
+        self.register_buffer("values", torch.empty(0, dtype=torch.int64), persistent=False)
+
+    def check_data(self, datamodule: ShardDataModule) -> None:
+        """Refuse a background where no label value is left for it."""
+        super().check_data(datamodule)
+        if self.has_background(datamodule.info) and not datamodule.info.background:
+            raise ValueError(
+                f"{datamodule.info.name} has no background: its label value 0 is "
+                f"{datamodule.info.classes[0]!r}; leave out --model.background and --model.prob_thd"
+            )
+
+    def background_words(self, info: DatasetInfo) -> tuple[str, ...]:
+        """The words of the background class; none if it has none."""
+        return info.background_words if self.background is None else tuple(self.background)
+
+    def has_background(self, info: DatasetInfo) -> bool:
+        """Whether the background is a class of its own."""
+        return bool(self.background_words(info)) or self.prob_thd is not None
+
+    def wording(self, info: DatasetInfo) -> list[tuple[int, tuple[str, ...]]]:
+        """Label value and words of every class, the background last."""
+        words: tuple[tuple[str, ...], ...] = tuple((prompt,) for prompt in info.prompts)
+        if info.synonyms and not self.text_features:
+            words = info.synonyms[-len(info.classes) :]  # led by the background, where there is one
+        pairs = [(info.label_value(i), group) for i, group in enumerate(words)]
+        return [*pairs, (0, self.background_words(info))]
+
+    def words(self, info: DatasetInfo) -> list[str]:
+        """All words of all classes, and of the background."""
+        return [word for _, group in self.wording(info) for word in group]
+
+    def configure_texts(self) -> None:
+        """Features of all words, and which class each word stands for."""
+        super().configure_texts()
+        values = [value for value, group in self.wording(self.info) for _ in group]
+        self.values = torch.tensor(values)
+
+    def configure_metrics(self, info: DatasetInfo) -> dict[str, Metric]:
+        """The confusion matrix, where there is a truth."""
+        if info.labels != "mask":
+            return {}
+        return {"confusion": Confusion(len(info.classes) + self.has_background(info))}
+
+    def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
+        """The label map of each image, at its original size."""
+        assert self.text is not None  # needs = ("classes",)
+        window = self.tile or self.window
+        stride = self.stride or (window and (self.tile or (window + 1) // 2))
+        images = list(batch.images)
+        sizes = [(image.shape[1], image.shape[2]) for image in images]
+        views = [cut_views(size, window, stride) for size in sizes]
+        scores = view_similarities(self.backbone, images, views, self.text)
+        scale = None if self.prob_thd is None else self.logit_scale
+        first = 0 if self.has_background(self.info) else self.info.label_value(0)
+        results = []
+        for i, key in enumerate(batch.keys):
+            word, probability = best_text(
+                scores[i], views[i], sizes[i], batch.sizes[i], self.backbone.patch_size, scale=scale
+            )
+            predicted = self.values[word]
+            if probability is not None and self.prob_thd is not None:
+                predicted = predicted.where(probability >= self.prob_thd, 0)
+            label, positives = batch.labels[i], batch.positives[i]
+            if label is not None and "confusion" in self.metrics:
+                truth = truth_map(label, positives or (), self.info)
+                self.metrics["confusion"].update(predicted - first, truth - first)
+            results.append(self._result(key, images[i], predicted, len(views[i])))
+        return results
+
+    def _result(self, key: str, image: Tensor, predicted: Tensor, views: int) -> ImageResult:
+        shares = torch.bincount(predicted.flatten()).cpu().double() / predicted.numel()
+        names = {self.info.label_value(i): name for i, name in enumerate(self.info.classes)}
+        # Named as label maps are named in input shards, so that the output can be read as one.
+        members: dict[str, Any] = {
+            "label.png": predicted.cpu().numpy().astype(self.info.label_type),
+            "json": {
+                "labels": {
+                    names.get(value, "background"): round(share, 6)
+                    for value, share in enumerate(shares.tolist())
+                    if share
+                },
+                "size": list(predicted.shape),
+                "views": views,
+            },
+        }
+        draw = partial(draw_labels, image.cpu(), members["label.png"], self.info.flat_palette())
+        return ImageResult(key, members, draw)
+
+    def report(self, metrics: dict[str, Metric], info: DatasetInfo) -> Report:
+        """mIoU and pixel accuracy of the whole data set, and each class's numbers."""
+        confusion = metrics.get("confusion")
+        if not isinstance(confusion, Confusion):
+            return Report({})
+        columns = {
+            "IoU": confusion.per_class(),
+            "accuracy": confusion.per_class_accuracy(),
+            "pixels": confusion.pixels(),
+        }
+        names = (["background"] if self.has_background(info) else []) + list(info.classes)
+        return Report(
+            metrics={
+                "mIoU": float(columns["IoU"].nanmean()),
+                "pixel_accuracy": float(confusion.pixel_accuracy()),
+            },
+            per_class={
+                name: {column: float(values[i]) for column, values in columns.items()}
+                for i, name in enumerate(names)
+            },
+            details={
+                "mean_accuracy": float(columns["accuracy"].nanmean()),
+                "background_is_a_class": self.has_background(info),
+            },
+        )
+
+
+def truth_map(label: Tensor, positives: tuple[int, ...], info: DatasetInfo) -> Tensor:
+    """Label values int64 [H,W] of a truth, -1 where void.
+
+    Args:
+        label: label map [H,W], or masks [P,H,W] in the order of ``positives``. Of masks, pixels that
+            several claim are void, and those that none claims and none calls void are background.
+        positives: [P] class indices.
+        info: the data set that the label values belong to.
+    """
+    if label.ndim == 2:
+        truth = label.long()
+        return truth.where(truth != info.void, -1)
+    truth = torch.full(label.shape[1:], 0 if info.background else -1, device=label.device)
+    truth[(label == VOID).any(0)] = -1
+    claims = (label == 1).sum(0)
+    for index, mask in zip(positives, label, strict=True):
+        truth[(mask == 1) & (claims == 1)] = info.label_value(index)
+    return truth.where(claims < 2, -1)
+
+
+def draw_labels(image: Tensor, labels: np.ndarray, palette: list[int]) -> dict[str, np.ndarray]:
+    """The label map in its colours over the image uint8 [3,S,S'], at the size of labels [H,W]."""
+    large = F.interpolate(image[None].float(), size=labels.shape, mode="bilinear", antialias=True)
+    colours = np.array(palette, dtype=np.float32).reshape(-1, 3)[np.minimum(labels, VOID)]
+    mixed = 0.4 * large[0].clamp(0, 255).permute(1, 2, 0).numpy() + 0.6 * colours
+    return {"label.jpg": mixed.round().astype(np.uint8)}

@@ -1,0 +1,104 @@
+"""A tiny random CLIP, a handful of drawn scenes, and the command line called in this process."""
+
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tasks.__main__ import main
+
+TINY = {
+    "embed_dim": 32,
+    "vision_cfg": {
+        "image_size": 48,
+        "layers": 7,
+        "width": 64,
+        "head_width": 32,
+        "patch_size": 8,
+    },
+    "text_cfg": {
+        "context_length": 77,
+        "vocab_size": 49408,
+        "width": 32,
+        "heads": 2,
+        "layers": 2,
+    },
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Text features are cached in a folder of the test run's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLIP_SURGERY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """Config of a CLIP with the stock tokenizer; random weights, the same every time."""
+    path = tmp_path_factory.mktemp("model") / "tiny.json"
+    path.write_text(json.dumps(TINY))
+    return path
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    """20 drawn scenes in shards of 6, 6, 6 and 2."""
+    folder = tmp_path_factory.mktemp("shards") / "shapes"
+    command = ["shards", "shapes", "--count", "20", "--shard-size", "6", "--seed", "5"]
+    assert main([*command, "--output", str(folder), "--workers", "1", "--size", "64"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def command(tiny, scenes) -> Callable[..., list[str]]:
+    """Words of a ``predict`` over the scenes; later words win."""
+
+    def words(output: Path, *more: object, task: str = "Explainability") -> list[str]:
+        return [
+            "predict",
+            *("--model", task, "--data", "Shapes", f"--data.shards={scenes}"),
+            *(f"--model.backbone.model={tiny}", "--model.backbone.pretrained=null"),
+            *("--trainer.accelerator=cpu", "--data.num_workers=0", "--data.batch_size=4"),
+            *(f"--writer.output={output}", "--trainer.enable_progress_bar=false"),
+            *map(str, more),
+        ]
+
+    return words
+
+
+@pytest.fixture(scope="session")
+def predict(command) -> Callable[..., Path]:
+    """Run ``predict`` in this process; returns the run's folder."""
+
+    def run(output: Path, *more: object, task: str = "Explainability") -> Path:
+        assert main(command(output, *more, task=task)) == 0
+        return output
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(predict, tmp_path_factory) -> Path:
+    """An undisturbed run over the scenes."""
+    return predict(tmp_path_factory.mktemp("runs") / "finished")
+
+
+def members(path: Path) -> dict[str, bytes]:
+    """All files of a tar."""
+    with tarfile.open(path) as tar:
+        return {m.name: tar.extractfile(m).read() for m in tar}
+
+
+def same_results(one: Path, other: Path) -> bool:
+    """Whether two runs have byte-identical shards and metrics."""
+    names = sorted(p.name for p in one.glob("*.tar"))
+    return (
+        bool(names)
+        and names == sorted(p.name for p in other.glob("*.tar"))
+        and all((one / n).read_bytes() == (other / n).read_bytes() for n in names)
+        and (one / "metrics.json").read_bytes() == (other / "metrics.json").read_bytes()
+    )

@@ -1,0 +1,106 @@
+"""The command line: what a newcomer types first, and what they mistype."""
+
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import pytest
+import yaml
+
+from tasks.__main__ import COMMANDS, main
+from tasks._configs import find_config, packaged
+
+
+def test_our_script_is_the_only_one_of_its_name():
+    (script,) = entry_points(group="console_scripts", name="lightning")
+    assert script.value == "tasks.__main__:main"
+
+
+def test_help_names_every_command_without_loading_torch():
+    code = "import sys; from tasks.__main__ import main; main(['--help'])"
+    check = "import atexit; atexit.register(lambda: print('torch' in sys.modules))"
+    shown = subprocess.run(
+        [sys.executable, "-c", f"import sys; {check}; {code}"], capture_output=True, text=True
+    ).stdout
+    assert all(name in shown for name in COMMANDS)
+    assert shown.strip().endswith("False")
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert "torch" in capsys.readouterr().out
+
+
+def test_no_command_shows_help_and_fails(capsys):
+    assert main([]) in (0, 2)
+    assert "predict" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_refused():
+    with pytest.raises(SystemExit) as stop:
+        main(["train"])
+    assert stop.value.code == 2
+
+
+def test_a_wrong_config_name_lists_the_nearest(capsys):
+    assert main(["predict", "--config", "vit_b16_vok.yaml"]) == 1
+    assert "vit_b16_voc.yaml" in capsys.readouterr().err
+
+
+def test_packaged_configs_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config("vit_b16_voc.yaml") == find_config("vit_b16_voc")
+    (tmp_path / "vit_b16_voc.yaml").write_text("{}")
+    assert find_config("vit_b16_voc.yaml") == "vit_b16_voc.yaml"
+
+
+@pytest.mark.parametrize("path", packaged(), ids=lambda p: p.name)
+def test_every_packaged_config_parses(path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", "--config", path.name, "--print_config"])
+    assert stop.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["writer"]["output"] == f"runs/{path.stem}"
+    assert path.read_text().startswith("# ")
+
+
+def test_every_field_can_be_overridden(capsys):
+    words = "--model.backbone.pretrained null --model.threshold 0.25 --data.batch_size 2"
+    with pytest.raises(SystemExit):
+        main(["predict", "--config", "vit_b16_voc.yaml", *words.split(), "--print_config"])
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["model"]["init_args"]["threshold"] == 0.25
+    assert shown["data"]["init_args"]["batch_size"] == 2
+
+
+def test_predictions_are_never_kept_in_memory(capsys):
+    with pytest.raises(SystemExit):
+        main(["predict", "--help"])
+    assert "return_predictions" not in capsys.readouterr().out
+
+
+def test_missing_shards_say_what_to_do(capsys):
+    words = ["predict", "--config", "vit_b16_voc.yaml", "--data.shards", "nowhere"]
+    assert main(words) == 1
+    assert "--data.shards" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["configs", "datasets", "models", "recipes", "tasks"])
+def test_lists(what, capsys):
+    assert main(["list", what]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 1
+
+
+def test_shards_help_shows_the_expected_layout(capsys):
+    with pytest.raises(SystemExit):
+        main(["shards", "voc", "--help"])
+    assert "SegmentationClass" in capsys.readouterr().out
+
+
+def test_a_wrong_source_folder_shows_expected_and_found(tmp_path, capsys):
+    (tmp_path / "holiday").mkdir()
+    words = ["shards", "voc", "--source", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert "SegmentationClass" in said
+    assert "holiday" in said

@@ -1,0 +1,129 @@
+"""Explainability through the real command line, against numbers computed here by other means."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datamodules.shapes import INFO, NOUNS, draw_scene
+from tests.tasks.conftest import members
+
+
+def bilinear(grid: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Enlarge [h,w] without corner alignment, in plain numpy."""
+
+    def weights(small: int, large: int) -> np.ndarray:
+        matrix = np.zeros((large, small))
+        for i in range(large):
+            at = min(max((i + 0.5) * small / large - 0.5, 0), small - 1)
+            low = int(at)
+            high = min(low + 1, small - 1)
+            matrix[i, low] += 1 - (at - low)
+            matrix[i, high] += at - low
+        return matrix
+
+    return weights(grid.shape[0], height) @ grid @ weights(grid.shape[1], width).T
+
+
+def test_an_image_has_masks_scores_and_a_record(finished):
+    found = members(finished / "000000.tar")
+    scene = draw_scene(5, 0, 64)
+    record = json.loads(found["00000000.json"])
+    assert set(record["labels"]) == set(scene.nouns)
+    assert record["size"] == [64, 64]
+    scores = np.load(io.BytesIO(found["00000000.scores.npy"]), allow_pickle=False)
+    assert scores.dtype == np.float16
+    assert scores.shape == (12, 6, 6)
+    for noun, file in record["labels"].items():
+        mask = Image.open(io.BytesIO(found[f"00000000.{file}"]))
+        value = INFO.label_value(NOUNS.index(noun))
+        assert mask.mode == "P"
+        assert mask.size == (64, 64)
+        assert mask.getpalette()[3 * value : 3 * value + 3] == list(INFO.palette[value - 1])
+        grid = scores[NOUNS.index(noun)].astype(float)
+        scaled = bilinear((grid - grid.min()) / (grid.max() - grid.min()), 64, 64)
+        clear = np.abs(scaled - 0.5) > 0.02  # the stored scores are float16
+        expected = np.where(scaled >= 0.5, value, 0)
+        assert (np.asarray(mask) == expected)[clear].all()
+
+
+def test_metrics_equal_a_plain_numpy_computation(finished):
+    contrast: dict[int, list[float]] = {}
+    maps: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for index in range(20):
+        found = members(finished / f"{index // 6:06d}.tar")
+        scores = np.load(io.BytesIO(found[f"{index:08d}.scores.npy"])).astype(float)
+        label = draw_scene(5, index, 64).label
+        for value in set(label.ravel()) - {0}:
+            grid = scores[value - 1]
+            scaled = bilinear((grid - grid.min()) / (grid.max() - grid.min()), 64, 64)
+            truth = label == value
+            contrast.setdefault(value, []).append(scaled[truth].mean() - scaled[~truth].mean())
+            maps.setdefault(value, []).append((scaled, truth))
+    expected = np.mean([np.mean(values) for values in contrast.values()])
+
+    def mean_iou(threshold: float) -> float:
+        ious = []
+        for pairs in maps.values():
+            hits = sum(((m >= threshold) & t).sum() for m, t in pairs)
+            union = sum(((m >= threshold) | t).sum() for m, t in pairs)
+            ious.append(hits / union)
+        return float(np.mean(ious))
+
+    summary = json.loads((finished / "metrics.json").read_text())
+    assert summary["images"] == 20
+    assert summary["errors"] == 0
+    assert summary["metrics"]["mSC"] == pytest.approx(expected, abs=2e-3)
+    best = max(mean_iou(t / 256) for t in range(256))
+    assert summary["metrics"]["mIoU"] == pytest.approx(best, abs=2e-3)
+    assert summary["details"]["mIoU_all_foreground"] == pytest.approx(mean_iou(0.0), abs=1e-9)
+    present = {name for name, row in summary["per_class"].items() if row["images"]}
+    assert present == {NOUNS[value - 1] for value in contrast}
+
+
+def test_masks_do_not_depend_on_the_batch_size(finished, predict, tmp_path):
+    one = predict(tmp_path / "one", "--data.batch_size=1")
+    for name in ("000000.tar", "000003.tar"):
+        here, there = members(finished / name), members(one / name)
+        masks = [file for file in here if ".mask." in file]
+        assert masks
+        for file in masks:
+            a, b = (np.asarray(Image.open(io.BytesIO(f[file]))) for f in (here, there))
+            assert (a != b).mean() < 1e-3  # another batch size rounds differently
+
+
+def test_bf16_gives_nearly_the_same_numbers(finished, predict, tmp_path):
+    mixed = predict(tmp_path / "bf16", "--trainer.precision=bf16-mixed")
+    numbers = [
+        json.loads((run / "metrics.json").read_text())["metrics"] for run in (finished, mixed)
+    ]
+    for name, value in numbers[0].items():
+        assert numbers[1][name] == pytest.approx(value, abs=0.03)
+
+
+def test_overlays_and_plain_files(predict, tmp_path):
+    run = predict(tmp_path / "files", "--writer.layout=files", "--writer.overlays=true")
+    pictures = sorted((run / "000000").glob("00000000.map.*.jpg"))
+    masks = sorted((run / "000000").glob("00000000.mask.*.png"))
+    assert len(pictures) == len(masks) == len(draw_scene(5, 0, 64).nouns)
+    assert Image.open(pictures[0]).size == (64, 64)
+
+
+def test_void_pixels_can_count_as_background(predict, tmp_path):
+    numbers = [
+        json.loads((predict(tmp_path / v, f"--model.void={v}") / "metrics.json").read_text())
+        for v in ("ignore", "background")
+    ]
+    assert numbers[0]["metrics"] == numbers[1]["metrics"]  # the drawn world has no void
+
+
+def test_plain_clip_is_a_setting_away(finished, predict, tmp_path):
+    raw = predict(
+        tmp_path / "raw", "--model.backbone.attention=raw", "--model.feature_surgery=none"
+    )
+    numbers = [
+        json.loads((r / "metrics.json").read_text())["metrics"]["mSC"] for r in (finished, raw)
+    ]
+    assert numbers[0] != numbers[1]

@@ -1,0 +1,271 @@
+"""Failures of machines and of data, each provoked; a restart completes the run, with the same files."""
+
+import errno
+import functools
+import http.server
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datamodules import _remote
+from datamodules._decode import Decoder
+from surgery.backbone import Backbone
+from tasks import _output
+from tasks.__main__ import main
+from tests.tasks.conftest import members, same_results
+from tests.tasks.test_runs import add, one_thread
+
+
+def fail_once(monkeypatch, owner, name, error, *, after: int) -> None:
+    """Let the call number ``after`` of ``owner.name`` raise ``error``, and no other."""
+    original, calls = getattr(owner, name), []
+
+    @functools.wraps(original)
+    def faulty(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == after:
+            raise error
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, faulty)
+
+
+def test_a_full_disk(finished, command, monkeypatch, tmp_path, capsys):
+    run = tmp_path / "run"
+    full = OSError(errno.ENOSPC, "No space left on device")
+    fail_once(monkeypatch, _output, "encode", full, after=30)
+    assert main(command(run)) == 1
+    assert "disk is full" in capsys.readouterr().err
+    assert [p.name for p in run.glob("*.tar")] == ["000000.tar"]
+    assert not list(run.glob(".*"))
+    assert main(command(run)) == 0
+    assert same_results(finished, run)
+
+
+def test_an_output_folder_that_can_not_be_written(command, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(command(tmp_path / "file" / "run")) == 1
+    assert "file" in capsys.readouterr().err
+
+
+def test_an_output_folder_that_vanishes(finished, command, monkeypatch, tmp_path, capsys):
+    run = tmp_path / "run"
+    publish = _output.OutputShard.publish
+
+    def vanish(self, *args):
+        shutil.rmtree(run, ignore_errors=True)
+        publish(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_output.OutputShard, "publish", vanish)
+        assert main(command(run)) == 1
+    assert "run" in capsys.readouterr().err
+    assert main(command(run)) == 0
+    assert same_results(finished, run)
+
+
+def test_a_loader_worker_that_is_killed(finished, command, monkeypatch, tmp_path, capsys):
+    run = tmp_path / "run"
+    decode = Decoder.__call__
+
+    def die(self, entry):
+        if entry.key == "00000013":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode(self, entry)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "__call__", die)
+        assert main(command(run, "--data.num_workers=2")) == 1
+    assert "loader worker died" in capsys.readouterr().err
+    assert not (run / "000002.tar").exists()
+    assert main(command(run)) == 0
+    assert same_results(finished, run)
+
+
+def test_a_batch_too_large_for_the_gpu_goes_in_halves(
+    finished, predict, monkeypatch, tmp_path, caplog
+):
+    encode = Backbone.encode_image
+
+    def small_only(self, images):
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(self, images)
+
+    monkeypatch.setattr(Backbone, "encode_image", small_only)
+    run = predict(tmp_path / "run")
+    assert "in halves" in caplog.text
+    numbers = [json.loads((r / "metrics.json").read_text())["metrics"] for r in (finished, run)]
+    assert numbers[1] == pytest.approx(numbers[0], abs=1e-3)
+
+
+def test_one_image_too_large_for_the_gpu(command, monkeypatch, tmp_path, capsys):
+    def never(self, images):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Backbone, "encode_image", never)
+    assert main(command(tmp_path / "run")) == 1
+    assert "--data.image_size" in capsys.readouterr().err
+
+
+class Flaky(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder, but the first request for the second shard breaks off; the last is gone."""
+
+    broken: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        if "000003" in self.path:
+            self.send_error(404)
+        elif "000001" in self.path and not self.broken:
+            self.broken.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            self.wfile.write(b"half a shard")
+        else:
+            super().do_GET()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="webdataset opens http with curl")
+def test_remote_shards_are_tried_again_and_then_listed(scenes, predict, monkeypatch, tmp_path):
+    monkeypatch.setattr(_remote.time, "sleep", lambda seconds: None)
+    handler = functools.partial(Flaky, directory=str(scenes))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/{{000000..000003}}.tar"
+    run = predict(tmp_path / "run", f"--data.shards={url}", "--data.max_error_rate=0.5")
+    server.shutdown()
+    assert sorted(p.name for p in run.glob("*.tar")) == ["000000.tar", "000001.tar", "000002.tar"]
+    (error,) = map(json.loads, (run / "errors.jsonl").read_text().splitlines())
+    assert error["shard"] == "000003"
+    assert "could not be fetched" in error["reason"]
+
+
+def test_nothing_a_stranger_put_in_a_shard_runs_or_writes_outside(scenes, predict, tmp_path):
+    good = members(scenes / "000000.tar")
+
+    def sample(tar: tarfile.TarFile, key: str, **replaced: bytes) -> None:
+        for ending in ("png", "label.png", "json", "txt"):
+            data = replaced.get(ending.replace(".", "_"), good[f"00000000.{ending}"])
+            add(tar, f"{key}.{ending}", data)
+
+    bomb = io.BytesIO()
+    Image.fromarray(np.zeros((1, 1), bool)).resize((20000, 20000)).save(bomb, "PNG")
+    wrong = io.BytesIO()
+    Image.fromarray(np.full((64, 64), 77, np.uint8)).save(wrong, "PNG")
+    small = io.BytesIO()
+    Image.fromarray(np.zeros((5, 5), np.uint8)).save(small, "PNG")
+    pwned = tmp_path / "PWNED"
+    pickled = b"cos\nsystem\n(S'touch " + str(pwned).encode() + b"'\ntR."
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    with tarfile.open(folder / "000000.tar", "w") as tar:
+        sample(tar, "good")
+        sample(tar, "../up")
+        sample(tar, "/abs")
+        sample(tar, "a/../../b")
+        sample(tar, "__shard__/record")
+        sample(tar, "k" * 250)
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        sample(tar, "pickle")
+        add(tar, "pickle.pkl", pickled)
+        add(tar, "pickle.pyd", pickled)
+        sample(tar, "bomb", png=bomb.getvalue())
+        sample(tar, "range", label_png=wrong.getvalue())
+        sample(tar, "size", label_png=small.getvalue())
+        sample(tar, "caption", txt=b"x" * (2 << 20))
+        sample(tar, "list", json=b"[1]")
+        sample(tar, "notjson", json=b"{")
+        sample(tar, "good")
+    run = predict(tmp_path / "runs" / "run", f"--data.shards={folder}", "--data.max_error_rate=1")
+    listed = [json.loads(line) for line in (run / "errors.jsonl").read_text().splitlines()]
+    bad = {error["key"][:8] for error in listed}
+    expected = ("../up", "/abs", "a/../../", "__shard_", "k" * 8, "link", "bomb", "range", "size")
+    assert bad == {*expected, "caption", "list", "notjson", "good"}
+    summary = json.loads((run / "metrics.json").read_text())
+    assert (summary["images"], summary["errors"]) == (2, len(listed))
+    assert not pwned.exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["runs", "shards"]
+    assert {name.split(".")[0] for name in members(run / "000000.tar")} == {
+        "good",
+        "pickle",
+        "__shard__/record",
+        "__shard__/metrics",
+    }
+
+
+@pytest.mark.processes
+def test_sigterm_drops_the_shard_under_way(finished, command, tmp_path):
+    run = tmp_path / "run"
+    words = command(run, "--data.batch_size=4")
+    process = subprocess.Popen([sys.executable, "-m", "tasks", *words], env=slowly())
+    wait_for(run, process)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert not list(run.glob(".*"))
+    assert len(list(run.glob("*.tar"))) < 4
+    assert main(command(run)) == 0
+    assert same_results(finished, run)
+
+
+@pytest.mark.processes
+def test_a_killed_rank_and_a_restart_with_more(finished, command, tmp_path):
+    run = tmp_path / "run"
+    words = command(run, "--trainer.devices=2", "--trainer.strategy=ddp")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tasks", *words], env=slowly(), start_new_session=True
+    )
+    wait_for(run, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(60)
+    words = command(run, "--trainer.devices=3", "--trainer.strategy=ddp")
+    subprocess.run(
+        [sys.executable, "-m", "tasks", *words], check=True, timeout=300, env=one_thread()
+    )
+    assert same_results(finished, run)
+
+
+@pytest.mark.processes
+def test_jobs_that_know_nothing_of_each_other(finished, predict, tmp_path):
+    run = tmp_path / "run"
+    predict(run, "--data.part=1", "--data.parts=2")
+    assert sorted(p.name for p in run.glob("*.tar")) == ["000001.tar", "000003.tar"]
+    (run / ".000002.tar.1.partial").write_bytes(b"being written by the other job")
+    predict(run, "--data.part=1", "--data.parts=2")
+    assert (run / ".000002.tar.1.partial").exists()
+    predict(run, "--data.part=0", "--data.parts=2")
+    assert same_results(finished, run)
+
+
+def slowly() -> dict[str, str]:
+    """An environment in which every batch takes at least half a second."""
+    return {**one_thread(), "PYTHONPATH": str(Path(__file__).parent / "slow")}
+
+
+def wait_for(run: Path, process: subprocess.Popen[bytes]) -> None:
+    """Until the first output shard is there."""
+    for _ in range(1200):
+        if list(run.glob("*.tar")):
+            return
+        assert process.poll() is None
+        time.sleep(0.05)
+    raise AssertionError("no shard within a minute")

@@ -1,0 +1,105 @@
+"""Text opinions through the command line: repeatable, and fed into maps."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tasks.__main__ import main
+from tests.tasks.conftest import members, same_results
+
+FAST = (
+    "--model.steps=6",
+    "--model.sequences=2",
+    "--model.length=2",
+    "--model.views=2",
+    "--model.micro_batch=2",
+    "--model.explained=2",
+)
+
+
+@pytest.fixture(scope="module")
+def two_scenes(tmp_path_factory):
+    """Two drawn scenes in one shard."""
+    folder = tmp_path_factory.mktemp("shards") / "two"
+    command = ["shards", "shapes", "--count", "2", "--seed", "5", "--size", "64"]
+    assert main([*command, "--output", str(folder), "--workers", "1"]) == 0
+    return f"--data.shards={folder}"
+
+
+@pytest.fixture(scope="module")
+def run(predict, two_scenes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "opinions"
+    return predict(folder, *FAST, two_scenes, "--writer.overlays=true", task="Opinions")
+
+
+def test_words_and_maps(run):
+    found = members(run / "000000.tar")
+    for key in ("00000000", "00000001"):
+        record = json.loads(found[f"{key}.json"])
+        # The second half of the steps, each with at most one word a token and hardly more.
+        assert 0 < sum(record["frequencies"].values()) <= 3 * 2 * 2 * 2
+        counts = list(record["frequencies"].values())
+        assert counts == sorted(counts, reverse=True)
+        assert len(record["opinions"]) == 2
+        assert record["opinions"][0]["score"] >= record["opinions"][1]["score"]
+        assert list(record["words"]) == list(record["frequencies"])[:2]
+        scores = np.load(io.BytesIO(found[f"{key}.scores.npy"]))
+        assert scores.shape == (len(record["words"]), 6, 6)
+        for file in record["words"].values():
+            mask = np.asarray(Image.open(io.BytesIO(found[f"{key}.{file}"])))
+            assert mask.shape == (64, 64)
+            assert set(np.unique(mask)) == {0, 255}
+            overlay = file.replace("mask.", "map.").replace(".png", ".jpg")
+            assert f"{key}.{overlay}" in found
+
+
+def test_summary(run):
+    found = members(run / "000000.tar")
+    records = [json.loads(found[f"{key}.json"]) for key in ("00000000", "00000001")]
+    rows = {row["word"]: row for row in csv.DictReader((run / "words.csv").open())}
+    assert set(rows) == {word for record in records for word in record["frequencies"]}
+    for word, row in rows.items():
+        times = [record["frequencies"].get(word, 0) for record in records]
+        assert int(row["times"]) == sum(times)
+        assert int(row["images"]) == sum(n > 0 for n in times)
+    longest = [row["word"] for row in csv.DictReader((run / "longest_words.csv").open())]
+    assert set(longest) == set(rows)
+    assert [len(word) for word in longest] == sorted(map(len, longest), reverse=True)
+    summary = json.loads((run / "metrics.json").read_text())
+    best = [record["opinions"][0]["score"] for record in records]
+    assert summary["metrics"]["best_cosine"] == pytest.approx(np.mean(best), abs=1e-5)
+    assert summary["details"]["longest_words"] == longest[:20]
+
+
+def test_an_image_does_not_feel_its_batch(run, predict, two_scenes, tmp_path):
+    alone = predict(
+        tmp_path / "alone",
+        *FAST,
+        two_scenes,
+        "--data.batch_size=1",
+        "--writer.overlays=true",
+        task="Opinions",
+    )
+    assert same_results(run, alone)
+
+
+def test_own_pictures_and_another_seed(run, predict, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(pictures / "red.png")
+    words = []
+    for seed in (0, 1):
+        folder = predict(
+            tmp_path / f"run{seed}",
+            *FAST,
+            "--data=Images",
+            f"--data.path={pictures}",
+            f"--model.seed={seed}",
+            task="Opinions",
+        )
+        words.append((folder / "words.csv").read_text())
+    assert words[0] != words[1]

@@ -1,0 +1,167 @@
+"""Runs: published whole or not at all, resumed, refused, the same for any number of processes."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tasks.__main__ import main
+from tests.tasks.conftest import members, same_results
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def with_broken_sample(scenes: Path, folder: Path) -> Path:
+    """The scenes with the second picture of the first shard cut in half."""
+    shutil.copytree(scenes, folder)
+    found = members(scenes / "000000.tar")
+    with tarfile.open(folder / "000000.tar", "w") as tar:
+        for name, data in found.items():
+            add(tar, name, data[: len(data) // 2] if name == "00000001.png" else data)
+    return folder
+
+
+def test_a_run_goes_on_with_what_is_missing(finished, predict, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "000001.tar").unlink()
+    (run / "metrics.json").unlink()
+    (run / ".000001.tar.123.partial").write_bytes(b"left by a killed process")
+    kept = (run / "000000.tar").stat().st_mtime_ns
+    predict(run)
+    assert same_results(finished, run)
+    assert (run / "000000.tar").stat().st_mtime_ns == kept
+    assert not list(run.glob(".*"))
+
+
+def test_loader_workers_change_nothing(finished, predict, tmp_path):
+    assert same_results(finished, predict(tmp_path / "workers", "--data.num_workers=3"))
+
+
+def test_another_setting_is_refused_until_told_otherwise(finished, command, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    assert main(command(run, "--model.threshold=0.4")) == 1
+    assert "task.threshold: 0.5 there, 0.4 now" in capsys.readouterr().err
+    assert same_results(finished, run)
+    assert main(command(run, "--model.threshold=0.4", "--writer.overwrite=true")) == 0
+    assert not same_results(finished, run)
+
+
+def test_other_weights_are_refused(finished, command, tiny, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    other = tmp_path / "tiny.json"
+    config = json.loads(tiny.read_text())
+    config["text_cfg"]["layers"] = 3
+    other.write_text(json.dumps(config))
+    described = json.loads((run / "run.json").read_text())
+    described["identity"]["task"]["backbone"]["model"] = str(other)
+    (run / "run.json").write_text(json.dumps(described))
+    assert main(command(run, f"--model.backbone.model={other}")) == 1
+    assert "weights:" in capsys.readouterr().err
+
+
+def test_a_strangers_folder_is_not_written_to(command, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("all my work")
+    assert main(command(tmp_path, "--writer.overwrite=true")) == 1
+    assert "not a run of ours" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_bad_sample_is_listed_and_the_rest_processed(scenes, predict, tmp_path):
+    folder = with_broken_sample(scenes, tmp_path / "shards")
+    run = predict(tmp_path / "run", f"--data.shards={folder}")
+    (error,) = map(json.loads, (run / "errors.jsonl").read_text().splitlines())
+    assert (error["shard"], error["key"]) == ("000000", "00000001")
+    assert "trunc" in error["reason"].lower()
+    summary = json.loads((run / "metrics.json").read_text())
+    assert (summary["images"], summary["errors"]) == (19, 1)
+
+
+def test_a_bad_sample_can_stop_the_run(scenes, command, tmp_path, capsys):
+    folder = with_broken_sample(scenes, tmp_path / "shards")
+    run = tmp_path / "run"
+    assert main(command(run, f"--data.shards={folder}", "--data.on_error=raise")) == 1
+    assert "00000001" in capsys.readouterr().err
+    assert not list(run.glob("*.tar"))
+
+
+def test_too_many_bad_samples_stop_the_run(scenes, command, tmp_path, capsys):
+    folder = with_broken_sample(scenes, tmp_path / "shards")
+    run = tmp_path / "run"
+    assert main(command(run, f"--data.shards={folder}", "--data.max_error_rate=0.0001")) == 1
+    assert "max_error_rate" in capsys.readouterr().err
+    assert [p.name for p in run.glob("*.tar")] == ["000000.tar"]
+    assert len((run / "errors.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_cut_shard_is_not_published_as_if_complete(scenes, predict, tmp_path):
+    folder = shutil.copytree(scenes, tmp_path / "shards")
+    data = (scenes / "000001.tar").read_bytes()
+    (folder / "000001.tar").write_bytes(data[: len(data) // 2])
+    run = predict(tmp_path / "run", f"--data.shards={folder}")
+    assert not (run / "000001.tar").exists()
+    (error,) = map(json.loads, (run / "errors.jsonl").read_text().splitlines())
+    assert error["shard"] == "000001"
+    assert "cut off" in error["reason"]
+    assert json.loads((run / "metrics.json").read_text())["shards"] == {"done": 3, "of": 4}
+    shutil.copy(scenes / "000001.tar", folder / "000001.tar")
+    predict(run, f"--data.shards={folder}")
+    assert (run / "000001.tar").exists()
+    assert (run / "errors.jsonl").read_text() == ""
+
+
+def test_metrics_can_be_recomputed_from_the_shards(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    for name in ("metrics.json", "metrics.csv", "errors.jsonl"):
+        (run / name).unlink()
+    assert main(["metrics", str(run)]) == 0
+    assert "mIoU" in capsys.readouterr().out
+    for name in ("metrics.json", "metrics.csv", "errors.jsonl"):
+        assert (run / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_metrics_of_a_run_still_going(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "000002.tar").unlink()
+    assert main(["metrics", str(run)]) == 0
+    summary = json.loads((run / "metrics.json").read_text())
+    assert summary["shards"] == {"done": 3, "of": 4}
+    assert summary["images"] == 14
+
+
+def test_metrics_of_no_run(tmp_path, capsys):
+    assert main(["metrics", str(tmp_path)]) == 1
+    assert "not a run's folder" in capsys.readouterr().err
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_several_processes_give_the_same_files(finished, command, tmp_path, ranks):
+    words = command(tmp_path / "run", f"--trainer.devices={ranks}", "--trainer.strategy=ddp")
+    subprocess.run(
+        [sys.executable, "-m", "tasks", *words], check=True, timeout=300, env=one_thread()
+    )
+    assert same_results(finished, tmp_path / "run")
+
+
+@pytest.mark.processes
+def test_torchrun_with_more_ranks_than_shards(predict, command, scenes, tmp_path):
+    shards = f"--data.shards={scenes}/00000[12].tar"
+    one = predict(tmp_path / "one", shards)
+    words = command(tmp_path / "run", shards, "--trainer.devices=3", "--trainer.strategy=ddp")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "-m", "tasks"]
+    subprocess.run([sys.executable, *launcher, *words], check=True, timeout=300, env=one_thread())
+    assert same_results(one, tmp_path / "run")
+
+
+def one_thread() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
