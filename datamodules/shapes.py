@@ -449,16 +449,19 @@ def _grounds(
     draws: Draws, items: Sequence[_Item], difficulty: float
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Two RGB colours in 0 ... 255, each different enough from every object's."""
-    ceiling = 25.0 + 115.0 * difficulty
+    ceiling, apart = 25.0 + 115.0 * difficulty, 170.0
     chosen: list[tuple[float, ...]] = []
+    tries = 0
     while len(chosen) < 2:
         rgb = tuple(draws.between(0.0, ceiling) for _ in range(3))
         if chosen:  # of mild contrast with the first
             rgb = tuple(0.5 * (a + b) for a, b in zip(rgb, chosen[0], strict=True))
-        apart = min(sum(abs(a - b) for a, b in zip(rgb, i.rgb, strict=True)) for i in items)
-        if apart >= 170.0:
+        if min(sum(abs(a - b) for a, b in zip(rgb, i.rgb, strict=True)) for i in items) >= apart:
             chosen.append(rgb)
         ceiling = ceiling * 0.98 + 0.5  # dark ground differs from every colour
+        tries += 1
+        if tries > 30:  # but not always by as much
+            apart *= 0.95
     return chosen[0], chosen[1]
 
 
@@ -634,31 +637,39 @@ class Shapes(ShardDataModule):
 
     def prepare_data(self) -> None:
         """Draw the scenes, once a machine, if their folder is not there."""
-        if isinstance(self.shards, str) and not any(c in self.shards for c in "{}*?:"):
+        pattern = not isinstance(self.shards, str) or any(c in self.shards for c in "{}*?:")
+        if isinstance(self.shards, str) and not pattern and not self.shards.endswith(".tar"):
             folder = Path(self.shards)
             if not any(folder.glob("*.tar")):
                 source = self.source(self.scenes, self.seed, self.scene_size)
                 write_shards(source, folder, shard_size=self.scenes_per_shard, workers=1)
 
     @classmethod
-    def source(cls, count: int, seed: int = 0, size: int = 96) -> Source:
+    def source(
+        cls, count: int, seed: int = 0, size: int = 96, background: str | None = None
+    ) -> Source:
         """The first scenes of a world.
 
         Args:
             count: number of scenes.
             seed: the world; another one has other scenes.
             size: side of the images in pixels.
+            background: the same one for all: plain, gradient, noise, stripes, checkers, dots, or
+                clouds, which the tiny CLIP in this package has never seen.
         """
         if count < 1 or seed < 0 or size < 8:
             raise ValueError(
                 f"expected --count >= 1, --seed >= 0 and --size >= 8, got {count}, {seed}, {size}"
             )
-        read = partial(_sample, seed, size)
-        return Source(INFO, f"seed {seed}, {size} px", range(count), read)
+        kinds = (*BACKGROUNDS, *UNSEEN_BACKGROUNDS)
+        if background is not None and background not in kinds:
+            raise ValueError(f"--background must be one of {', '.join(kinds)}, got {background!r}")
+        split = f"seed {seed}, {size} px" + (f", {background}" if background else "")
+        return Source(INFO, split, range(count), partial(_sample, seed, size, background))
 
 
-def _sample(seed: int, size: int, index: int) -> Members:
-    scene = draw_scene(seed, index, size)
+def _sample(seed: int, size: int, background: str | None, index: int) -> Members:
+    scene = draw_scene(seed, index, size, background=background)
     record = {
         "id": f"{seed}/{index}",
         "width": size,
