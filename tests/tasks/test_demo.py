@@ -1,4 +1,7 @@
-"""The tiny CLIP in this package on scenes that it was not trained on: does it work at all?"""
+"""The science on the demo world: what the paper claims, asked of the tiny CLIP in this package.
+
+The scenes are of worlds that it was not trained on; the margins are far wider than their noise.
+"""
 
 import json
 from pathlib import Path
@@ -30,20 +33,31 @@ def scenes(tmp_path_factory):
     return shards(tmp_path_factory.mktemp("held out") / "shapes")
 
 
+@pytest.fixture(scope="module")
+def surgery(scenes, tmp_path_factory):
+    return run(tmp_path_factory.mktemp("runs") / "surgery", scenes, "Explainability")
+
+
 def test_it_recognises_what_is_there(scenes, tmp_path):
-    assert run(tmp_path / "run", scenes, "Recognition")["metrics"]["mAP_cosine"] >= 0.7
+    assert run(tmp_path / "run", scenes, "Recognition")["metrics"]["mAP_cosine"] >= 0.85
 
 
-def test_its_masks_beat_the_whole_image(scenes, tmp_path):
-    found = run(tmp_path / "run", scenes, "Explainability")
-    assert found["metrics"]["mIoU"] > 1.5 * found["details"]["mIoU_all_foreground"]
-    assert found["metrics"]["mSC"] > 0.1
+def test_surgery_beats_plain_clip(surgery):
+    assert surgery["metrics"]["mIoU"] >= 1.25 * surgery["baseline"]["mIoU"]
+    assert surgery["metrics"]["mSC"] >= surgery["baseline"]["mSC"] + 0.05
+    assert surgery["metrics"]["mIoU"] > 4 * surgery["details"]["mIoU_all_foreground"]
+
+
+def test_architecture_surgery_alone_beats_plain_clip(surgery, scenes, tmp_path):
+    alone = run(tmp_path / "run", scenes, "Explainability", "--model.feature_surgery=none")
+    assert alone["metrics"]["mIoU"] > 1.2 * alone["baseline"]["mIoU"]
+    assert surgery["metrics"]["mSC"] > alone["metrics"]["mSC"]
 
 
 def test_an_unseen_background_like_a_photographs(tmp_path):
     clouds = shards(tmp_path / "clouds", "--background", "clouds")
     found = run(tmp_path / "run", clouds, "Explainability")
-    assert found["metrics"]["mIoU"] > 1.2 * found["details"]["mIoU_all_foreground"]
+    assert found["metrics"]["mIoU"] > 2 * found["details"]["mIoU_all_foreground"]
 
 
 @pytest.mark.parametrize("task", ["Segmentation", "Interactive", "Multimodal", "Analysis"])
