@@ -6,10 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from tasks._output import RunError
-from tasks._progress import print_report
-from tasks.summary import read_run, summarise
-
 
 def main(argv: list[str]) -> int:
     """Run ``lightning metrics``; returns the exit code."""
@@ -20,6 +16,10 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     folder = parser.parse_args(argv).run
+    from tasks._output import RunError
+    from tasks._progress import print_report
+    from tasks.summary import read_run, summarise
+
     try:
         task, info = read_run(folder)
         summarise(folder, task, info)

@@ -13,15 +13,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
+from jsonargparse import get_loader, set_loader
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from datamodules import DATASETS, ShardDataModule
 from tasks import TASKS
-from tasks._configs import with_paths
+from tasks._configs import UnknownName, with_class_paths, with_paths
 from tasks._output import RunError, Stopped
 from tasks._progress import ImageProgress, print_report
 from tasks.base import Task
 from tasks.writer import ResultWriter
+
+_load_yaml = get_loader("yaml")
+set_loader("yaml", lambda text: with_class_paths(_load_yaml(text)), (yaml.YAMLError,))
 
 
 def main(argv: list[str]) -> int:
@@ -30,10 +36,8 @@ def main(argv: list[str]) -> int:
     for wing in ("surgery", "datamodules", "tasks"):
         logging.getLogger(wing).setLevel(logging.INFO)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for name in TASKS:
-        import_module(f"tasks.{name}")
-    for name in DATASETS:
-        import_module(f"datamodules.{name}")
+    if {"-h", "--help"}.intersection(argv):
+        import_all()  # the help lists those that are imported
     # Noise that a user can do nothing about.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LightningCLI's args parameter.*")
@@ -59,11 +63,22 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def import_all() -> None:
+    """Import all tasks and data sets; a run imports only its own."""
+    for name in TASKS:
+        import_module(f"tasks.{name}")
+    for name in DATASETS:
+        import_module(f"datamodules.{name}")
+
+
 def explain(error: Exception) -> str | None:
     """What a user should know of an error, and do; None for one that is our own fault."""
     again = "Finished shards are kept: run the same command again to go on"
-    if isinstance(error, RunError | FileNotFoundError | ValueError):
+    if isinstance(error, RunError | UnknownName | FileNotFoundError | ValueError):
         return f"{error}"
+    if isinstance(error, ConnectionError | EOFError):
+        # Where a loader worker is killed while it hands over a batch.
+        return f"a loader worker or another process of the run died ({error!r}). {again}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full ({error}). Make room. {again}"
     if isinstance(error, OSError):
@@ -108,6 +123,16 @@ class PredictCLI(LightningCLI):
         """Add the writer's fields."""
         parser.add_lightning_class_args(ResultWriter, "writer")
 
+    def instantiate_classes(self) -> None:
+        """Make the objects; what a constructor refuses reaches the user in its own words."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException = error
+            while str(cause).startswith("Does not validate") and cause.__cause__:
+                cause = cause.__cause__  # jsonargparse's wrapping lists all that it tried
+            raise cause from None
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; a null that was given on the command line stays one."""
         super().parse_arguments(parser, args)
@@ -120,6 +145,12 @@ class PredictCLI(LightningCLI):
         """The Trainer, with the writer and a progress bar that counts images."""
         self.writer = self._get(self.config_init, "writer")
         self.writer.config = self.parser.dump(self.config, skip_unset=False)
+        # Under SLURM, Lightning would load a checkpoint that a training left in this folder.
+        if self.config.trainer.default_root_dir is None:
+            kwargs["default_root_dir"] = str(self.writer.output)
+        if SLURMEnvironment.detect() and not self.config.trainer.plugins:
+            # Else SIGUSR1 would save such a checkpoint; our batch scripts put the job back.
+            kwargs["plugins"] = [SLURMEnvironment(auto_requeue=False)]
         if self.config.trainer.enable_progress_bar is not False:
             theirs = self._get(self.config_init, "trainer").get("callbacks") or []
             kwargs["callbacks"] = [

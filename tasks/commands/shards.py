@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
-
-from jsonargparse import ArgumentParser
+from typing import TYPE_CHECKING, Any
 
 import datamodules
 from datamodules import DATASETS, READ_AS_THEY_ARE
-from datamodules._convert import Source, SourceError, write_shards
-from datamodules._download import DownloadError, download
-from datamodules._verify import verify
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from datamodules._convert import Source
 
 CONVERTED = sorted(DATASETS.keys() - READ_AS_THEY_ARE)
 SHOWN = 20
@@ -40,6 +40,9 @@ def main(argv: list[str]) -> int:
 
 def convert(name: str, argv: list[str]) -> int:
     """Run ``lightning shards NAME``; returns the exit code."""
+    from datamodules._convert import SourceError, write_shards
+    from datamodules._download import DownloadError, download
+
     datamodule = getattr(datamodules, DATASETS[name])
     args = dataset_parser(name).parse_args(argv).as_dict()
     output, shard_size, workers = (
@@ -73,6 +76,8 @@ def convert(name: str, argv: list[str]) -> int:
 
 def advice(datamodule: Any, error: Exception) -> str:
     """Where the official files are to be had, after a message that they aren't there."""
+    from datamodules._convert import SourceError
+
     if not isinstance(error, SourceError) or "does not exist" not in str(error):
         return ""
     if datamodule.archives:
@@ -82,6 +87,8 @@ def advice(datamodule: Any, error: Exception) -> str:
 
 def dataset_parser(name: str) -> ArgumentParser:
     """Arguments of one data set: those of its DataModule's ``source``, and where the shards go."""
+    from jsonargparse import ArgumentParser
+
     datamodule = getattr(datamodules, DATASETS[name])
     parts = [datamodule.__doc__.splitlines()[0], f"Expected in --source:\n{datamodule.layout}"]
     if datamodule.registration:
@@ -115,6 +122,8 @@ def check(argv: list[str]) -> int:
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the shards")
     parser.add_argument("--workers", type=int, default=None, help="processes; all cores by default")
     args = parser.parse_args(argv)
+    from datamodules._verify import verify
+
     try:
         found = verify(args.folder, workers=args.workers)
     except (ValueError, OSError) as error:

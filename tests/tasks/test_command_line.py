@@ -7,6 +7,8 @@ from importlib.metadata import entry_points
 import pytest
 import yaml
 
+from datamodules import DATASETS
+from tasks import TASKS
 from tasks.__main__ import COMMANDS, main
 from tasks._configs import find_config, packaged
 
@@ -24,6 +26,96 @@ def test_help_names_every_command_without_loading_torch():
     ).stdout
     assert all(name in shown for name in COMMANDS)
     assert shown.strip().endswith("False")
+
+
+def test_a_run_imports_only_its_own_task_and_data_set():
+    code = "from tasks.__main__ import main; main(sys.argv[1:])"
+    check = "import atexit; atexit.register(lambda: print(*sys.modules))"
+    words = ["predict", "--config", "vit_b16_voc.yaml", "--print_config"]
+    for more in ([], ["--model", "Explainability", "--data=VOC"]):
+        shown = subprocess.run(
+            [sys.executable, "-c", f"import sys; {check}; {code}", *words, *more],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        modules = set(shown.splitlines()[-1].split())
+        assert modules & {f"tasks.{name}" for name in TASKS} == {"tasks.explainability"}
+        assert modules & {f"datamodules.{name}" for name in DATASETS} == {"datamodules.voc"}
+        assert "open_clip" not in modules
+
+
+def test_help_of_shards_loads_nothing_heavy():
+    code = "from tasks.__main__ import main; main(['shards', '--help'])"
+    check = "import atexit; atexit.register(lambda: print('torch' in sys.modules))"
+    shown = subprocess.run(
+        [sys.executable, "-c", f"import sys; {check}; {code}"], capture_output=True, text=True
+    ).stdout
+    assert "pascal_context" in shown
+    assert shown.strip().endswith("False")
+
+
+def test_help_lists_every_task_and_data_set(capsys):
+    with pytest.raises(SystemExit):
+        main(["predict", "--help"])
+    shown = capsys.readouterr().out
+    assert all(f"tasks.{name}" in shown for name in TASKS.values())
+    assert all(f"datamodules.{name}" in shown for name in DATASETS.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        (["--model", "Explainabilty"], "Explainability"),
+        (["--model=Segmentation", "--data=Shape"], "Shapes"),
+        (["--data.class_path", "Voc"], "VOC"),
+    ],
+)
+def test_a_wrong_class_name_lists_the_nearest_and_the_others(words, near, capsys):
+    assert main(["predict", "--config", "demo.yaml", *words]) == 1
+    said = capsys.readouterr().err
+    assert f"Did you mean {near}" in said
+    assert all(name in said for name in (DATASETS if "data set" in said else TASKS).values())
+
+
+def test_a_wrong_class_name_in_a_config_lists_the_nearest(tmp_path, capsys):
+    path = tmp_path / "own.yaml"
+    path.write_text("model:\n  class_path: Segmentaton\n")
+    assert main(["predict", "--config", str(path), "--data=VOC", "--data.shards=x"]) == 1
+    assert "Did you mean Segmentation" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["Segmentation", "tasks.Segmentation", "tasks.segmentation.Segmentation"]
+)
+def test_classes_are_known_by_name_and_by_path(name, tmp_path, capsys):
+    path = tmp_path / "own.yaml"
+    path.write_text("class_path: datamodules.voc.VOC\ninit_args:\n  shards: somewhere\n")
+    words = ["--config=demo.yaml", f"--model={name}", f"--data={path}", "--print_config"]
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", *words])
+    assert stop.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["model"]["class_path"].endswith("Segmentation")
+    assert shown["data"]["class_path"].endswith("VOC")
+
+
+def test_a_config_may_name_a_class_alone(tmp_path, capsys):
+    path = tmp_path / "own.yaml"
+    path.write_text("model: Recognition\ndata: VOC\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", "--config", str(path), "--data.shards=x", "--print_config"])
+    assert stop.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["model"]["class_path"] == "tasks.Recognition"
+    assert shown["data"]["init_args"]["shards"] == "x"
+
+
+def test_what_a_constructor_refuses_is_said_in_its_own_words(capsys):
+    assert main(["predict", "--config", "demo.yaml", "--data.part", "3"]) == 1
+    said = capsys.readouterr().err
+    assert "--data.part counts from 0" in said
+    assert "Union" not in said
 
 
 def test_version(capsys):
