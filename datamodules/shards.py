@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape, glob
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -22,6 +22,8 @@ from datamodules._remote import Spool, is_remote
 from datamodules._tar import BadSample, Entry, ShardError, index_shard
 from datamodules._words import read_names, worded
 from datamodules.samples import Batch, DatasetInfo, Sample, SampleError, Wording
+
+_GLANCE = 1 << 16  # bytes
 
 
 class ShardStream(IterableDataset[Batch]):
@@ -191,6 +193,20 @@ class ShardDataModule(LightningDataModule):
     def shard_list(self) -> list[tuple[str, str]]:
         """(name, path or URL) of all shards, in order; the names are unique."""
         return name_shards(expand_shards(self.shards, allow_pipe=self.allow_pipe))
+
+    def contents(self) -> dict[str, str]:
+        """Size and checksum of the beginning of each local shard, by name.
+
+        Tells another shard of the same name apart without reading it all. One that can't be read is
+        left out: it is an error of this shard, found when its turn comes.
+        """
+        found = {}
+        for name, url in self.shard_list():
+            if not is_remote(url):
+                with suppress(OSError), open(url, "rb") as file:
+                    start = hashlib.sha256(file.read(_GLANCE)).hexdigest()
+                    found[name] = f"{os.fstat(file.fileno()).st_size} bytes, {start[:16]}"
+        return found
 
     def sample_counts(self) -> dict[str, int]:
         """Samples in each shard by name, as far as they are written down beside the shards.

@@ -11,6 +11,7 @@ from torch import Tensor
 from surgery.towers import widen
 
 START, END = "[start]", "[end]"
+_LONGEST = 50  # characters of a token
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,13 @@ def tokenise(tokenizer: Any, texts: Sequence[str], context_length: int) -> Token
     """
     if isinstance(texts, str) or not texts:
         raise ValueError(f"texts: expected a list of one or more texts, given {texts!r}")
-    ids = tokenizer(list(texts), context_length=context_length)
+    # Byte-pair encoding takes quadratic time in the length of a word, and what is cut off below is
+    # far beyond the last token that is read.
+    most = _LONGEST * context_length
+    texts = [" ".join(text[: 16 * most].split())[:most] for text in texts]
+    ids = tokenizer(texts, context_length=context_length)
     # A text that is cut ends at the last place there is; with one more, at the one after.
-    room = tokenizer(list(texts), context_length=context_length + 1)
+    room = tokenizer(texts, context_length=context_length + 1)
     ends = ids.argmax(dim=-1)
     truncated = (room.argmax(dim=-1) >= context_length).tolist()
     longest = int(ends.max()) + 1

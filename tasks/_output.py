@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 from webdataset import TarWriter
 
@@ -64,16 +66,16 @@ class ShardRecord:
                         name: tar.extractfile(found[f"{STATE}/{name}"]).read()  # type: ignore[union-attr]
                         for name in _RECORD
                     }
-        except (OSError, KeyError, tarfile.TarError) as error:
+            record = json.loads(files["record.json"])
+            return cls(
+                record["images"],
+                [SampleError(*e) for e in record["errors"]],
+                safetensors.torch.load(files["metrics.safetensors"]),
+            )
+        except (OSError, KeyError, TypeError, ValueError, tarfile.TarError, SafetensorError) as e:
             raise RunError(
-                f"{path} is not a complete output shard ({error}): delete it and run again"
+                f"{path} is not a complete output shard ({e!r}): delete it and run again"
             ) from None
-        record = json.loads(files["record.json"])
-        return cls(
-            record["images"],
-            [SampleError(*e) for e in record["errors"]],
-            safetensors.torch.load(files["metrics.safetensors"]),
-        )
 
 
 class OutputShard:
@@ -115,6 +117,14 @@ class OutputShard:
 
     def publish(self, states: dict[str, Tensor]) -> None:
         """Give the shard its final name, with its tables and its record inside."""
+        try:
+            self._finish(states)
+            self.partial.replace(self.final)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _finish(self, states: dict[str, Tensor]) -> None:
         for name, rows in self.tables.items():
             self._write(f"{STATE}/{name}", {"parquet": encode_table(rows)})
         for key, members in ShardRecord(self.images, self.errors, states).members().items():
@@ -124,12 +134,14 @@ class OutputShard:
             self.file.flush()
             os.fsync(self.file.fileno())
             self.file.close()
-        self.partial.replace(self.final)
 
     def abandon(self) -> None:
         """Remove what was written."""
         if self.tar:
-            self.file.close()
+            for stream in (self.tar, self.file):
+                # They write what they still hold: there may be no room for it, or no file any more.
+                with suppress(OSError, ValueError):
+                    stream.close()
             self.partial.unlink(missing_ok=True)
         else:
             shutil.rmtree(self.partial, ignore_errors=True)

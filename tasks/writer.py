@@ -7,7 +7,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import timedelta
+from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +18,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from datamodules.samples import Batch, SampleError
+from tasks._background import Background
 from tasks._files import write_atomically
 from tasks._output import OutputShard, RunError, ShardRecord, Stopped, find_shard
+from tasks._processes import Processes
 from tasks.base import ImageResult, Task
 from tasks.summary import summarise
 
@@ -56,7 +58,8 @@ class ResultWriter(BasePredictionWriter):
         self.config = ""
         self._before: dict[str, Any] = {}
         self._run: dict[str, Any] = {}
-        self._group: Any = None  # a gloo group of all ranks, where there are several
+        self._processes = Processes()
+        self._background = Background()  # encodes and writes while the next batch is computed
         self._shard: OutputShard | None = None
         self._seen = 0
         self._bad = 0
@@ -67,10 +70,7 @@ class ResultWriter(BasePredictionWriter):
         finished: list[str] = []
         if trainer.is_global_zero:
             finished = self._prepare(task)
-        if trainer.world_size > 1:
-            # Shards differ in cost: a rank may be done hours before another, longer than the
-            # default group would let it wait at the end.
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+        self._processes.connect(trainer)
         finished = trainer.strategy.broadcast(finished, src=0)
         task.datamodule.finished = frozenset(finished)
         if finished and trainer.is_global_zero:
@@ -85,7 +85,8 @@ class ResultWriter(BasePredictionWriter):
             raise RunError(
                 f"{self.output} is not empty and not a run of ours: choose another --writer.output"
             )
-        self._before = json.loads(marker.read_text())["identity"] if marker.exists() else {}
+        before = json.loads(marker.read_text()) if marker.exists() else {}
+        self._before = before.get("identity", {})
         self._run = self._describe(task, names)
         self._refuse_changes()
         self.output.mkdir(parents=True, exist_ok=True)
@@ -93,7 +94,9 @@ class ResultWriter(BasePredictionWriter):
         for path in list(self.output.iterdir()):
             if leftover_of(path.name) in mine:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return [name for name in names if find_shard(self.output, name)]
+        finished = [name for name in names if find_shard(self.output, name)]
+        self._refuse_other_shards(before.get("contents", {}), finished)
+        return finished
 
     def _describe(self, task: Task, names: list[str]) -> dict[str, Any]:
         """What ``run.json`` holds; a run with another identity may not share the folder."""
@@ -109,6 +112,7 @@ class ResultWriter(BasePredictionWriter):
                 "precision": str(task.trainer.precision),
             },
             "shards": names,
+            "contents": task.datamodule.contents(),
             "info": asdict(task.info),
             "versions": {name: version(name) for name in packages},
         }
@@ -116,9 +120,13 @@ class ResultWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Now that the weights are known: check them too, and write down what this run is."""
-        if not trainer.is_global_zero:
-            return
-        backbone = _task(pl_module).backbone
+        self._processes.listen(trainer)
+        if trainer.is_global_zero:
+            self._write_down(_task(pl_module))
+        self._processes.wait()  # nobody may publish into a folder that rank 0 refuses
+
+    def _write_down(self, task: Task) -> None:
+        backbone = task.backbone
         self._run["identity"]["weights"] = backbone.fingerprint()
         weights = backbone.checkpoint
         self._run["checkpoint"] = {**asdict(weights), "sha256": weights.sha256}
@@ -140,6 +148,18 @@ class ResultWriter(BasePredictionWriter):
                 + "\n".join(changes)
                 + "\nChoose another --writer.output, or start anew with --writer.overwrite true"
             )
+
+    def _refuse_other_shards(self, before: dict[str, str], finished: list[str]) -> None:
+        """Refuse input shards that changed since their results were written; others may change."""
+        now = self._run["contents"]
+        for name in finished:
+            old, new = before.get(name), now.get(name)
+            if old and new and old != new:
+                raise RunError(
+                    f"{self.output} holds results of another shard {name} ({old}; now {new}). Delete "
+                    "its output to have it done again, choose another --writer.output, or start anew "
+                    "with --writer.overwrite true"
+                )
 
     def write_on_batch_end(
         self,
@@ -169,18 +189,16 @@ class ResultWriter(BasePredictionWriter):
             )
         shard.position = batch.end
         shard.errors += batch.errors
-        for result in prediction:
-            members = dict(result.members)
-            if self.overlays and result.overlays:
-                members |= result.overlays()
-            shard.add(result.key, members, result.rows or {})
-        if trainer.received_sigterm:
+        self._background.run(partial(self._add, shard, prediction))
+        signal = self._processes.asked_to_stop or ("SIGTERM" if trainer.received_sigterm else "")
+        if signal:
             self._abandon()
             raise Stopped(
-                f"stopped by SIGTERM; finished shards are kept in {self.output}, run again to go on"
+                f"stopped by {signal}; finished shards are kept in {self.output}, run again to go on"
             )
         if batch.last:
             states = task.pop_metric_state()
+            self._background.finish()
             self._shard = None
             if batch.total or not batch.errors:
                 shard.publish(states)
@@ -190,6 +208,13 @@ class ResultWriter(BasePredictionWriter):
                 self._note_lost_shard(batch.errors)
                 lost = datamodule.sample_counts().get(batch.shard, 1)
                 self._count(task, lost, lost)
+
+    def _add(self, shard: OutputShard, results: Sequence[ImageResult]) -> None:
+        for result in results:
+            members = dict(result.members)
+            if self.overlays and result.overlays:
+                members |= result.overlays()
+            shard.add(result.key, members, result.rows or {})
 
     def _note_lost_shard(self, errors: list[SampleError]) -> None:
         for error in errors:
@@ -211,6 +236,7 @@ class ResultWriter(BasePredictionWriter):
             )
 
     def _abandon(self) -> None:
+        self._background.drop()
         if self._shard:
             self._shard.abandon()
             self._shard = None
@@ -223,7 +249,7 @@ class ResultWriter(BasePredictionWriter):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the states of all shards and write the run's summary, on rank 0."""
-        elsewhere = self._fetch_records() if self._group is not None else {}
+        elsewhere = self._fetch_records() if trainer.world_size > 1 else {}
         if trainer.is_global_zero:
             task = _task(pl_module)
             summarise(self.output, task, task.info, elsewhere)
@@ -231,12 +257,13 @@ class ResultWriter(BasePredictionWriter):
     def _fetch_records(self) -> dict[str, ShardRecord]:
         """Wait for all ranks; on rank 0, the records of shards that its file system doesn't show."""
         rank, world = dist.get_rank(), dist.get_world_size()
-        dist.barrier(group=self._group)
+        self._processes.wait()
+        group = self._processes.group
         missing = [[n for n in self._run.get("shards", []) if not find_shard(self.output, n)]]
-        dist.broadcast_object_list(missing, src=0, group=self._group)
+        dist.broadcast_object_list(missing, src=0, group=group)
         mine = {n: ShardRecord.load(p) for n in missing[0] if (p := find_shard(self.output, n))}
         gathered: list[Any] | None = [None] * world if rank == 0 else None
-        dist.gather_object(mine, gathered, dst=0, group=self._group)
+        dist.gather_object(mine, gathered, dst=0, group=group)
         return {name: record for part in gathered or [] for name, record in part.items()}
 
 

@@ -43,6 +43,13 @@ def test_texts_are_cropped_and_cuts_are_told(tokenizer):
         tokenise(tokenizer, [], 8)
 
 
+def test_a_gigantic_word_is_not_read_to_its_end(tokenizer):
+    word = "qzxjv" * 200_000  # byte-pair encoding of all of it would take hours
+    found = tokenise(tokenizer, ["a  dog\n" + word], 77)
+    assert found.truncated == (True,)
+    assert torch.equal(found.ids, tokenise(tokenizer, ["a dog " + word[:2000]], 77).ids)
+
+
 def test_a_tokenizer_without_its_network(tokenizer):
     found = load_tokenizer("ViT-B/16")
     assert torch.equal(found(["a dog"]), tokenizer(["a dog"]))

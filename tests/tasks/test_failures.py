@@ -214,17 +214,45 @@ def test_nothing_a_stranger_put_in_a_shard_runs_or_writes_outside(scenes, predic
 
 
 @pytest.mark.processes
-def test_sigterm_drops_the_shard_under_way(finished, command, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_drops_the_shard_under_way(finished, command, number, tmp_path):
     run = tmp_path / "run"
     words = command(run, "--data.batch_size=4")
     process = subprocess.Popen([sys.executable, "-m", "tasks", *words], env=slowly())
     wait_for(run, process)
-    process.terminate()
+    process.send_signal(number)
     assert process.wait(60) == 128 + signal.SIGTERM
     assert not list(run.glob(".*"))
     assert len(list(run.glob("*.tar"))) < 4
     assert main(command(run)) == 0
     assert same_results(finished, run)
+
+
+@pytest.mark.processes
+def test_sigterm_while_a_rank_waits_for_another(finished, command, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    for name in ("000000.tar", "000003.tar", "metrics.json"):
+        (run / name).unlink()
+    words = command(run, "--trainer.devices=2", "--trainer.strategy=ddp")
+    env = {**slowly(), "SLOW_UNTIL": str(run / "000003.tar")}
+    process = subprocess.Popen([sys.executable, "-m", "tasks", *words], env=env)
+    while not (run / "000003.tar").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert not (run / "000000.tar").exists()
+    assert main(command(run)) == 0
+    assert same_results(finished, run)
+
+
+def test_a_checkpoint_that_a_training_left_under_slurm(finished, predict, monkeypatch, tmp_path):
+    task = {"NTASKS": 1, "JOB_NAME": "job", "JOB_ID": 7, "PROCID": 0, "LOCALID": 0, "NODEID": 0}
+    for name, value in task.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.chdir(tmp_path)
+    Path("hpc_ckpt_1.ckpt").write_bytes(b"weights of something else")
+    assert same_results(finished, predict(tmp_path / "run"))
 
 
 @pytest.mark.processes

@@ -69,6 +69,25 @@ def test_other_weights_are_refused(finished, command, tiny, tmp_path, capsys):
     assert "weights:" in capsys.readouterr().err
 
 
+def test_other_content_under_the_same_names_is_refused(finished, scenes, command, tmp_path, capsys):
+    shards = shutil.copytree(scenes, tmp_path / "shards")
+    shutil.copy(shards / "000001.tar", shards / "000000.tar")
+    run = shutil.copytree(finished, tmp_path / "run")
+    assert main(command(run, f"--data.shards={shards}")) == 1
+    assert "results of another shard 000000" in capsys.readouterr().err
+    (run / "000000.tar").unlink()
+    assert main(command(run, f"--data.shards={shards}")) == 0
+
+
+def test_metrics_of_a_garbled_shard(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    with tarfile.open(run / "000001.tar", "w") as tar:
+        add(tar, "__shard__/record.json", b"{}")
+        add(tar, "__shard__/metrics.safetensors", b"")
+    assert main(["metrics", str(run)]) == 1
+    assert "000001.tar is not a complete output shard" in capsys.readouterr().err
+
+
 def test_a_strangers_folder_is_not_written_to(command, tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("all my work")
     assert main(command(tmp_path, "--writer.overwrite=true")) == 1

@@ -1,9 +1,12 @@
 """Makes every encoding take half a second, so that a test can interrupt a run in between.
 
+`SLOW_UNTIL` in the environment names a file that the first process of several waits for besides.
+
 Python imports this by itself where its folder is on the path.
 """
 
 import importlib.abc
+import os
 import sys
 import time
 
@@ -15,9 +18,13 @@ class _Slow(importlib.abc.MetaPathFinder):
             from tasks import base
 
             encode = base.encode
+            rank = os.environ.get("LOCAL_RANK", "0")
+            awaited = os.environ.get("SLOW_UNTIL") if rank == "0" else None
 
             def slow(*args):
-                time.sleep(0.5)
+                while awaited and not os.path.exists(awaited):
+                    time.sleep(0.05)
+                time.sleep(3 if awaited else 0.5)
                 return encode(*args)
 
             base.encode = slow
