@@ -49,6 +49,11 @@ class Recipe:
     position: Literal["bilinear", "bicubic", "bicubic_scaled"] = "bilinear"
     released_class_token: Literal["original", "new"] = "new"
 
+    @property
+    def asks_with_queries(self) -> bool:
+        """Whether the new path needs the queries of CLIP's own attention."""
+        return self.reads == "original" and any("q" in pair for pair in self.pairs)
+
 
 _SURGERY = Recipe(pairs=("vv",), released_class_token="original")
 _LAST_BLOCK = Recipe(pairs=("qk",), blocks=1, ffn=True, position="bicubic_scaled")
@@ -121,7 +126,8 @@ def attend(
         total = seen if total is None else total + seen
     if total is None:
         raise ValueError("a recipe without pairs has no new path")
-    return total / len(recipe.pairs) if recipe.combine == "mean" else total
+    many = len(recipe.pairs) > 1 and recipe.combine == "mean"
+    return total / len(recipe.pairs) if many else total
 
 
 def _cluster(x: Tensor, temperature: Tensor, iterations: int) -> tuple[Tensor, Tensor]:

@@ -120,8 +120,10 @@ class Backbone(nn.Module):
         self._grid(self.image_size)
 
         self._blocks, self._released = blocks, released
+        self._positions: dict[Any, Tensor] = {}
         self._adopt(recipe)
         self._digest: tuple[Any, str] | None = None
+        self._low_precision: dict[Any, Any] = {}
         self.requires_grad_(False)
         self.eval()
 
@@ -130,7 +132,6 @@ class Backbone(nn.Module):
         new_class_token = recipe.released_class_token == "new" or self._resnet
         self.recipe = recipe
         self.plan = Plan(recipe, reformed, new_class_token=self._released and new_class_token)
-        self._positions: dict[Any, Tensor] = {}
 
     def with_attention(self, attention: str) -> "Backbone":
         """The same network, not a copy of it, read by another recipe of `RECIPES`."""
@@ -155,7 +156,9 @@ class Backbone(nn.Module):
             )
         grid = self._grid((images.shape[2], images.shape[3]))
         encode = encode_resnet if self._resnet else encode_vit
-        return encode(self.model.visual, images, self._positions_for(grid), self.plan)
+        return encode(
+            self._visual(images.device.type), images, self._positions_for(grid), self.plan
+        )
 
     def encode_text(self, token_ids: Tensor) -> Tensor:
         """Token ids [T, L], L at most `context_length`, to features [T, C], not normalised.
@@ -236,6 +239,29 @@ class Backbone(nn.Module):
             self._digest = (state, total.hexdigest())
         return self._digest[1]
 
+    def _visual(self, device_type: str) -> Any:
+        """The image tower; under autocast, with its products' weights in that precision already.
+
+        Autocast itself would convert frozen weights again at every call. The numbers are the same.
+        """
+        visual = self.model.visual
+        if not torch.is_autocast_enabled(device_type):
+            return visual
+        weights = list(visual.parameters())
+        dtype = torch.get_autocast_dtype(device_type)
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+            return visual  # whose gradients must go to themselves
+        state = [dtype, *((id(w), w.device, w.dtype, w._version) for w in weights)]
+        if self._low_precision.get("state") != state:
+            with torch.inference_mode(False), torch.no_grad():
+                copied = copy.deepcopy(visual)
+                for module in copied.modules():
+                    if isinstance(module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)):
+                        for weight in module.parameters(recurse=False):
+                            weight.data = weight.data.to(dtype)
+            self._low_precision.update(state=state, visual=copied)
+        return self._low_precision["visual"]
+
     @property
     def _text(self) -> Any:
         return getattr(self.model, "text", self.model)
@@ -306,7 +332,7 @@ class Backbone(nn.Module):
         own = visual.attnpool.positional_embedding if self._resnet else visual.positional_embedding
         if grid == self._native_grid:
             return own
-        key = (grid, own.device, own.dtype, id(own), own._version)
+        key = (grid, self.recipe.position, own.device, own.dtype, id(own), own._version)
         if key not in self._positions:
             if len(self._positions) >= _CACHED_GRIDS:
                 self._positions.clear()

@@ -89,6 +89,8 @@ def similarity_map(
         raise ValueError(f"order={order!r}: expected 'code' or 'paper'")
     # Scaling first does not change what scaling last gives, but keeps constant maps constant.
     maps = _min_max(widen(similarity).transpose(1, 2).unflatten(-1, grid))
+    if len(maps) == 1:  # else torch enlarges into one layout and copies that into another
+        maps = maps.contiguous()
     maps = F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
     return maps if order == "code" else _min_max(maps)
 

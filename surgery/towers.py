@@ -50,8 +50,11 @@ def encode_vit(visual: Any, images: Tensor, positions: Tensor, plan: Plan) -> Im
     x, grid = _embed_patches(visual, images, positions)
     blocks = list(visual.transformer.resblocks)
     first = len(blocks) - plan.blocks
+    hidden = _workspace(blocks[0].mlp, x)
     for block in blocks[:first]:
-        x = _plain_block(block, x)
+        q, k, v = _heads(block.attn, block.ln_1(x))
+        x = _add_attention(block, x, F.scaled_dot_product_attention(q, k, v))
+        x = _add_mlp(block, x, hidden)
     if not plan.blocks:
         patches, x = x[:, 1:], x[:, :1]
         return ImageTokens(_project(visual, x)[:, 0], _project(visual, patches), grid)
@@ -62,11 +65,14 @@ def encode_vit(visual: Any, images: Tensor, positions: Tensor, plan: Plan) -> Im
     if recipe.neighbour_std is not None:
         bias = neighbour_bias(grid, recipe.neighbour_std, x.device)
     # In the blocks' precision the few sums of the new path would lose digits; these cost nothing.
-    y = widen(x[:, start:])
+    y = widen(x[:, start:]).clone(memory_format=torch.contiguous_format)
     for index, block in enumerate(blocks[first:], start=first):
         last = index == len(blocks) - 1
         normed = block.ln_1(x)
-        q, k, v = _heads(block.attn, normed)
+        if last and not recipe.asks_with_queries:
+            (q,), (k, v) = _heads(block.attn, normed[:, :1], "q"), _heads(block.attn, normed, "kv")
+        else:
+            q, k, v = _heads(block.attn, normed)
         read = normed
         new_q, new_k, new_v = q, k, v
         if recipe.reads == "itself":
@@ -74,13 +80,15 @@ def encode_vit(visual: Any, images: Tensor, positions: Tensor, plan: Plan) -> Im
             new_q, new_k, new_v = _heads(block.attn, read)
         temperature = _temperature(read, q.shape[-1]) if recipe.iterations else None
         seen = attend(recipe, new_q, new_k, new_v, start=start, bias=bias, temperature=temperature)
-        seen = block.ls_1(_merge_heads(block.attn, seen))
-        y = y + seen if recipe.residual else seen
+        if not recipe.residual:
+            y = torch.zeros_like(y)
+        y = _add_attention(block, y, seen)
         if recipe.ffn:
-            y = y + block.ls_2(block.mlp(block.ln_2(y)))
+            y = _add_mlp(block, y, hidden)
         if last:
-            q, x = q[:, :, :1], x[:, :1]
-        x = _finish_block(block, x, F.scaled_dot_product_attention(q, k, v))
+            q, x = q[:, :, :1], x[:, :1].contiguous()
+        x = _add_attention(block, x, F.scaled_dot_product_attention(q, k, v))
+        x = _add_mlp(block, x, hidden)
 
     class_token = _project(visual, y[:, :1] if plan.new_class_token else x[:, :1])[:, 0]
     return ImageTokens(class_token, _project(visual, y[:, 1 - start :]), grid)
@@ -165,32 +173,81 @@ def _embed_patches(
     x = x.flatten(2).transpose(1, 2)
     class_token = visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
     x = torch.cat([class_token, x], dim=1) + positions.to(x.dtype)
-    return visual.ln_pre(x), grid
+    x = visual.ln_pre(x)
+    # Under autocast too, what all blocks add up is kept in float32: it halves their rounding.
+    return (widen(x) if torch.is_autocast_enabled(x.device.type) else x), grid
 
 
-def _plain_block(block: Any, x: Tensor) -> Tensor:
-    q, k, v = _heads(block.attn, block.ln_1(x))
-    return _finish_block(block, x, F.scaled_dot_product_attention(q, k, v))
+def _add_attention(block: Any, x: Tensor, seen: Tensor) -> Tensor:
+    """x [B, L, D] plus the output projection of what its tokens saw, [B, heads, L, d_head]."""
+    out = block.attn.out_proj
+    return _add_linear(x, seen.transpose(1, 2).flatten(2), out.weight, out.bias, block.ls_1)
 
 
-def _finish_block(block: Any, x: Tensor, seen: Tensor) -> Tensor:
-    """Output projection, residual, and feed-forward part of an unchanged block."""
-    x = x + block.ls_1(_merge_heads(block.attn, seen))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+def _workspace(mlp: Any, x: Tensor) -> Tensor | None:
+    """Room for the inner features of tokens x [B, L, D] in every block's MLP, [B*L, 4D].
+
+    The largest tensor of the forward: with a new one for every block, a CPU spends as long on
+    mapping its pages as on the GELU. GPUs have an allocator that keeps memory.
+    """
+    if torch.is_grad_enabled() or x.device.type != "cpu":
+        return None
+    weight = mlp.c_fc.weight
+    return weight.new_empty(x.shape[0] * x.shape[1], weight.shape[0])
 
 
-def _heads(attention: nn.MultiheadAttention, x: Tensor) -> list[Tensor]:
-    """q, k and v of tokens [B, L, D], each [B, heads, L, d_head]."""
-    qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
-    return [_split_heads(part, attention.num_heads) for part in qkv.chunk(3, dim=-1)]
+def _add_mlp(block: Any, x: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """x [B, L, D] plus the feed-forward part of a block; `hidden` is a `_workspace`."""
+    mlp, normed = block.mlp, block.ln_2(x)
+    if hidden is None:
+        inner = mlp.c_fc(normed)
+    else:
+        rows = normed.flatten(0, 1).to(hidden.dtype)
+        inner = hidden[: len(rows)]
+        torch.addmm(mlp.c_fc.bias, rows, mlp.c_fc.weight.T, out=inner)
+        inner = inner.view(*x.shape[:2], -1)
+    inner = _activate(mlp.gelu, inner)
+    return _add_linear(x, inner, mlp.c_proj.weight, mlp.c_proj.bias, block.ls_2)
+
+
+def _add_linear(x: Tensor, seen: Tensor, weight: Tensor, bias: Tensor, scale: nn.Module) -> Tensor:
+    """x + scale(seen @ weight.T + bias), written into x unless gradients are recorded.
+
+    A new tensor for every sum would cost about a tenth of the whole forward on a CPU, most of it
+    for fresh pages.
+    """
+    if torch.is_grad_enabled():
+        return x + scale(F.linear(seen, weight, bias))
+    if isinstance(scale, nn.Identity) and x.dtype == seen.dtype == weight.dtype:
+        rows = x.view(-1, x.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            rows.addmm_(seen.reshape(-1, seen.shape[-1]), weight.T).add_(bias)
+        return x
+    return x.add_(scale(F.linear(seen, weight, bias)))
+
+
+def _activate(activation: nn.Module, x: Tensor) -> Tensor:
+    """GELU or OpenAI's quick one, written into x unless gradients are recorded."""
+    if torch.is_grad_enabled():
+        return activation(x)
+    if type(activation) is nn.GELU and activation.approximate == "none":
+        return torch.ops.aten.gelu_(x)
+    if type(activation).__name__ == "QuickGELU":
+        return F.silu(x.mul_(1.702), inplace=True).div_(1.702)
+    return activation(x)
+
+
+def _heads(attention: nn.MultiheadAttention, x: Tensor, which: str = "qkv") -> list[Tensor]:
+    """Those of q, k and v of tokens [B, L, D] (neighbours in "qkv"), each [B, heads, L, d_head]."""
+    first, count = "qkv".index(which), len(which)
+    width = x.shape[-1]
+    rows = slice(first * width, (first + count) * width)
+    out = F.linear(x, attention.in_proj_weight[rows], attention.in_proj_bias[rows])
+    return [_split_heads(part, attention.num_heads) for part in out.chunk(count, dim=-1)]
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _merge_heads(attention: nn.MultiheadAttention, seen: Tensor) -> Tensor:
-    return attention.out_proj(seen.transpose(1, 2).flatten(2))
 
 
 def _temperature(x: Tensor, d_head: int) -> Tensor:

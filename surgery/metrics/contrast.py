@@ -48,12 +48,13 @@ class MeanScoreContrast(Metric):
             valid: bool [H,W] or [P,H,W]; pixels that count as foreground or background.
             classes: [P] class indices, all different.
         """
-        inside = (foreground & valid).flatten(1)
-        outside = (~foreground & valid).flatten(1)
-        flat = maps.flatten(1).double()
-        inside_count, outside_count = inside.sum(1), outside.sum(1)
+        inside = foreground & valid
+        inside_count = inside.sum((1, 2), dtype=torch.int32)
+        outside_count = valid.expand_as(inside).sum((1, 2), dtype=torch.int32) - inside_count
+        inside_sum = (maps * inside).sum((1, 2), dtype=torch.float64)
+        outside_sum = (maps * valid).sum((1, 2), dtype=torch.float64) - inside_sum
         usable = (inside_count > 0) & (outside_count > 0)
-        difference = (flat * inside).sum(1) / inside_count - (flat * outside).sum(1) / outside_count
+        difference = inside_sum / inside_count - outside_sum / outside_count
         zero = torch.zeros_like(difference)
         # One entry a class at most, so plain indexing adds deterministically.
         self.contrast[classes] += torch.where(usable, difference, zero).to(self.contrast.device)

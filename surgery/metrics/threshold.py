@@ -57,12 +57,17 @@ class ThresholdIoU(Metric):
             classes: [P] class indices, all different.
         """
         count = len(maps)
-        # Bin b holds the values that are >= threshold b and < threshold b + 1.
-        bins = (maps.float() * self.thresholds).long().clamp_(0, self.thresholds - 1)
-        rows = torch.arange(count, device=maps.device).view(-1, 1, 1) * 2 + foreground
-        codes = (rows * self.thresholds + bins)[valid.expand_as(foreground)]
-        histogram = torch.bincount(codes, minlength=count * 2 * self.thresholds)
-        histogram = histogram.view(count, 2, self.thresholds).to(self.inside.device)
+        # Bin b holds the values that are >= threshold b and < threshold b + 1; one more bin after
+        # all others takes the pixels that don't count.
+        bins = self.thresholds
+        codes = (maps.float() * bins).int().clamp_(0, bins - 1)
+        codes += foreground.int() * bins
+        codes += (
+            torch.arange(count, dtype=torch.int32, device=maps.device).view(-1, 1, 1) * 2 * bins
+        )
+        codes.masked_fill_(~valid, count * 2 * bins)
+        histogram = torch.bincount(codes.flatten(), minlength=count * 2 * bins + 1)[:-1]
+        histogram = histogram.view(count, 2, bins).to(self.inside.device)
         outside, inside = histogram[:, 0], histogram[:, 1]
         self.inside[classes] += inside
         self.outside[classes] += outside
