@@ -11,6 +11,7 @@ from surgery.backbone import Backbone
 from surgery.features import similarity
 
 _VIEWS_AT_ONCE = 8
+_NUMBERS_IN_CACHE = 1 << 20
 _NUMBERS_AT_ONCE = 1 << 24  # 64 MiB of float32: similarities at pixel resolution held at a time
 
 
@@ -95,6 +96,11 @@ def best_text(
     [H, W] that a softmax over all T texts of scale x similarity gives it. Texts are handled a few
     at a time, so that memory does not grow with T.
     """
+    grid = scores[0].shape[1:]
+    seen = tuple(step * cells for step, cells in zip(patch_size, grid, strict=True))
+    if len(views) == 1 and seen == image_size:
+        with torch.autocast(scores[0].device.type, enabled=False):
+            return _best_of_grid(scores[0], size, scale)
     count = len(scores[0])
     cells = max(size[0] * size[1], image_size[0] * image_size[1])
     step = max(1, _NUMBERS_AT_ONCE // cells)
@@ -113,6 +119,39 @@ def best_text(
     return index, None if scale is None else (scale * best - total).exp()
 
 
+def _best_of_grid(
+    scores: Tensor, size: tuple[int, int], scale: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """`best_text` of the view of a whole image, [T, h, w].
+
+    A few rows of pixels at a time, by two products with the weights of the interpolation, texts
+    last: what is compared stays in the processor's cache.
+    """
+    count, height, width = len(scores), *size
+    down, across = (
+        F.interpolate(
+            torch.eye(cells, dtype=scores.dtype, device=scores.device)[None],
+            size=pixels,
+            mode="linear",
+            align_corners=False,
+        )[0].T
+        for cells, pixels in zip(scores.shape[1:], size, strict=True)
+    )
+    wide = torch.einsum("xw,thw->hxt", across, scores).flatten(1)
+    numbers = _NUMBERS_IN_CACHE if scores.device.type == "cpu" else _NUMBERS_AT_ONCE
+    rows = max(1, numbers // (width * count))
+    index = torch.empty(size, dtype=torch.int64, device=scores.device)
+    best = scores.new_empty(size)
+    total = torch.empty_like(best)
+    for start in range(0, height, rows):
+        here = slice(start, start + rows)
+        part = (down[here] @ wide).unflatten(1, (width, count))
+        best[here], index[here] = part.max(dim=2)
+        if scale is not None:
+            total[here] = (scale * part).logsumexp(dim=2)
+    return index, None if scale is None else (scale * best - total).exp()
+
+
 def _enlarge(
     parts: Sequence[Tensor],
     views: Sequence[View],
@@ -122,8 +161,6 @@ def _enlarge(
 ) -> Tensor:
     """Similarities [c, h, w] of each view as one map of the image, [c, H, W]."""
     full = [step * cells for step, cells in zip(patch_size, parts[0].shape[1:], strict=True)]
-    if len(views) == 1 and full == list(image_size):
-        return _resize(parts[0], size)
     canvas = parts[0].new_zeros(len(parts[0]), *image_size)
     seen = parts[0].new_zeros(image_size)
     for part, view in zip(parts, views, strict=True):

@@ -153,6 +153,47 @@ def test_recipes_differ_only_as_they_say(reference, network):
         close(tokens.class_token, own, 2e-5)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_without_gradients_it_writes_in_place_and_says_the_same(name, reference, network):
+    images = reference("inputs")["images_vit"].clone()
+    backbone = network("vit", attention=name)
+    expected = joined(backbone.encode_image(images))
+    for _ in range(2):  # nothing of the network was written to either
+        with torch.inference_mode():
+            close(joined(backbone.encode_image(images)), expected, 2e-5)
+    assert torch.equal(images, reference("inputs")["images_vit"])
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_gradients_reach_the_image(quick_gelu, reference, folder):
+    backbone = load_backbone(
+        folder / "vit.json", folder / "vit.safetensors", quick_gelu=quick_gelu
+    ).double()
+    images = reference("inputs")["images_vit"][:1].double().requires_grad_()
+    backbone.encode_image(images).patch_tokens.sum().backward()
+    step = 1e-4 * torch.randn_like(images)
+    with torch.no_grad():
+        up, down = (
+            backbone.encode_image(images + sign * step).patch_tokens.sum() for sign in (1, -1)
+        )
+    close((images.grad * step).sum(), (up - down) / 2, 1e-8)
+
+
+def test_autocast_follows_the_weights(reference, network):
+    backbone = copy.deepcopy(network("vit"))
+    images = reference("inputs")["images_vit"]
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        first = backbone.encode_image(images).patch_tokens
+        assert torch.equal(backbone.encode_image(images).patch_tokens, first)
+        assert torch.equal(
+            backbone.with_attention("surgery").encode_image(images).patch_tokens, first
+        )
+    with torch.no_grad():
+        backbone.model.visual.transformer.resblocks[-1].attn.out_proj.bias += 1
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not torch.equal(backbone.encode_image(images).patch_tokens, first)
+
+
 def test_qk_single_path_with_ffn_is_plain_clip(reference, network):
     plain = Recipe(pairs=("qk",), reads="itself", ffn=True)
     tokens = network("vit", attention=plain).encode_image(reference("inputs")["images_vit"])
