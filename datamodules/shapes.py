@@ -483,18 +483,18 @@ def caption(
 ) -> str:
     """A sentence about a scene, another one at each call.
 
-    At full difficulty 35% of the captions name the objects' colours, 15% the background, and 20%
+    At full difficulty 60% of the captions name the objects' colours, 20% the background, and 20%
     of those of several objects name only some.
     """
     order = draws.some(len(nouns), len(nouns))
     if draws.unit() < 0.2 * difficulty and len(order) > 1:
         order = order[: 1 + draws.below(len(order) - 1)]
-    coloured = draws.unit() < 0.35 * difficulty
+    coloured = draws.unit() < 0.6 * difficulty * difficulty
     phrases = [_article(f"{colours[i]} {nouns[i]}" if coloured else nouns[i]) for i in order]
     comma, last = ((", ", " and "), (" and ", " and "), (", ", " with "))[draws.below(3)]
     text = comma.join(phrases[:-1]) + (last if len(phrases) > 1 else "") + phrases[-1]
     text = PREFIXES[draws.below(len(PREFIXES))] + text
-    if draws.unit() < 0.15 * difficulty and background in BACKGROUNDS:
+    if draws.unit() < 0.2 * difficulty * difficulty and background in BACKGROUNDS:
         text = f"{text} {BACKGROUNDS[background]}"
     return text + ("." if draws.unit() < 0.3 else "")
 

@@ -99,7 +99,7 @@ class Recipe:
     decay_from: int | None = None
     start: str | None = None
     difficulty: float = 0.0
-    push: float = 0.5
+    push: float = 0.45
     last_rate: float = 0.01
     patch_dropout: float = 0.5
     tail: float = 0.05
@@ -918,14 +918,14 @@ def main() -> None:
     """Train, or evaluate what was trained."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--steps", type=int, default=4200)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--decay-from", type=int, metavar="STEP", help="default: 55%% of --steps")
     parser.add_argument("--start", help="folder of a model to start from")
     parser.add_argument("--difficulty", type=float, default=0.0, help="where to start")
     parser.add_argument("--muon-rate", type=float, default=3e-3)
     parser.add_argument("--adam-rate", type=float, default=1e-3)
-    parser.add_argument("--push", type=float, default=0.5, help="mAP above which it rises")
+    parser.add_argument("--push", type=float, default=0.45, help="mAP above which it rises")
     parser.add_argument("--tail", type=float, default=0.05, help="share of steps without dropout")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on where it stopped")
     parser.add_argument("--processes", type=int, default=2, help="that share every batch")

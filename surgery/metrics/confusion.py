@@ -45,10 +45,11 @@ class Confusion(Metric):
                 a background that is no class) are left out.
         """
         count = len(self.matrix)
-        truth = truth.long()
-        counted = (truth >= 0) & (truth < count)
-        codes = truth[counted] * count + predicted[counted].long()
-        pairs = torch.bincount(codes, minlength=count * count)
+        truth = truth.int()
+        codes = truth * count + predicted.int()
+        # One more code after all others takes the pixels that don't count.
+        codes.masked_fill_((truth < 0) | (truth >= count), count * count)
+        pairs = torch.bincount(codes.flatten(), minlength=count * count + 1)[:-1]
         self.matrix += pairs.view(count, count).to(self.matrix.device)
 
     def pixels(self) -> Tensor:

@@ -60,6 +60,18 @@ def test_overlapping_windows_are_averaged_and_padding_is_cut_off():
     assert torch.equal(index, (total / count).argmax(0))
 
 
+@pytest.mark.parametrize("texts", [1, 5, 40])
+def test_the_whole_image_at_once_is_enlarged_as_torch_would(texts):
+    scores = torch.randn(texts, 6, 9, generator=torch.Generator().manual_seed(0))
+    view = cut_views((48, 72), None, None)
+    with torch.autocast("cpu", torch.bfloat16):  # whose products are too coarse for this
+        index, probability = best_text([scores], view, (48, 72), (250, 333), (8, 8), scale=40.0)
+    large = F.interpolate(scores[None].double(), size=(250, 333), mode="bilinear")[0]
+    assert torch.equal(index, large.argmax(0))
+    expected = (40 * large).softmax(0).amax(0).float()
+    torch.testing.assert_close(probability, expected, rtol=0, atol=1e-4)
+
+
 def test_views_of_images_of_several_sizes_are_those_of_each_alone(network):
     backbone = network("vit")
     generator = torch.Generator().manual_seed(0)

@@ -58,6 +58,7 @@ def test_an_unseen_background_like_a_photographs(tmp_path):
     clouds = shards(tmp_path / "clouds", "--background", "clouds")
     found = run(tmp_path / "run", clouds, "Explainability")
     assert found["metrics"]["mIoU"] > 2 * found["details"]["mIoU_all_foreground"]
+    assert found["metrics"]["mIoU"] > 1.4 * found["baseline"]["mIoU"]
 
 
 @pytest.mark.parametrize("task", ["Segmentation", "Interactive", "Multimodal", "Analysis"])
