@@ -87,3 +87,6 @@ def print_report(folder: Path) -> None:
     print(f" ({folder / 'errors.jsonl'})" if summary["errors"] else "", end="")
     print("" if shards["done"] == shards["of"] else f", {shards['done']} of {shards['of']} shards")
     print(f"results in {folder.resolve()}")
+    picture = next(folder.glob("*/*.jpg"), None)  # with --writer.layout files
+    if picture is not None:
+        print(f"pictures: {picture.resolve()} and others beside it")

@@ -249,6 +249,9 @@ class ResultWriter(BasePredictionWriter):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the states of all shards and write the run's summary, on rank 0."""
+        if self._shard:
+            log.warning("shard %s was not read to its end: it is left out", self._shard.name)
+            self._abandon()
         elsewhere = self._fetch_records() if trainer.world_size > 1 else {}
         if trainer.is_global_zero:
             task = _task(pl_module)

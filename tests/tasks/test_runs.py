@@ -138,6 +138,14 @@ def test_a_cut_shard_is_not_published_as_if_complete(scenes, predict, tmp_path):
     assert (run / "errors.jsonl").read_text() == ""
 
 
+def test_a_run_that_was_told_to_end_early(finished, predict, tmp_path):
+    run = predict(tmp_path / "run", "--trainer.limit_predict_batches=3")
+    assert [p.name for p in run.glob("*.tar")] == ["000000.tar"]
+    assert not list(run.glob(".*"))
+    assert json.loads((run / "metrics.json").read_text())["shards"] == {"done": 1, "of": 4}
+    assert same_results(finished, predict(run))
+
+
 def test_metrics_can_be_recomputed_from_the_shards(finished, tmp_path, capsys):
     run = shutil.copytree(finished, tmp_path / "run")
     for name in ("metrics.json", "metrics.csv", "errors.jsonl"):
