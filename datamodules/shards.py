@@ -265,13 +265,14 @@ class ShardDataModule(LightningDataModule):
                 self.trainer and self.trainer.lightning_module, "wants_originals", False
             ),
         )
+        device = self.trainer.strategy.root_device.type if self.trainer else "cpu"
         return DataLoader(
             self.stream(shards, decoder, Spool(folder, max(workers, 1))),
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=workers,
-            pin_memory=self.trainer is not None
-            and self.trainer.strategy.root_device.type == "cuda",
+            worker_init_fn=_give_way if device == "cpu" else None,
+            pin_memory=device == "cuda",
         )
 
     def stream(self, shards: list[tuple[str, str]], decoder: Decoder, spool: Spool) -> ShardStream:
@@ -307,6 +308,12 @@ class ShardDataModule(LightningDataModule):
             getattr(self.trainer.lightning_module, "backbone", None) if self.trainer else None
         )
         return getattr(backbone, "patch_size", (1, 1))
+
+
+def _give_way(worker: int) -> None:
+    """Leave the cores to the model where both want them: its threads wait for the slowest one."""
+    if hasattr(os, "nice"):
+        os.nice(10)
 
 
 def _as_it_is(batch: Any) -> Any:

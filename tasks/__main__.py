@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib import import_module
 from importlib.metadata import entry_points, version
@@ -18,6 +19,9 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the ``lightning`` script and of ``python -m tasks``; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    # Before torch loads OpenMP: its threads would spin for milliseconds after every parallel part,
+    # on cores that loader workers, or other processes of a shared machine, have a use for.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     parser = argparse.ArgumentParser(
         prog="lightning",
         description="CLIP Surgery at scale: explain CLIP, segment and recognise without training.",
