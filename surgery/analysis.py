@@ -16,6 +16,7 @@ from surgery.features import similarity_map
 from surgery.towers import (
     _embed_patches,
     _heads,
+    _merge_heads,
     _project,
     widen,
 )
@@ -63,8 +64,8 @@ def walk_blocks(backbone: Backbone, images: Tensor) -> Iterator[BlockView]:
     x, grid = _embed_patches(visual, images, backbone._positions_for(grid))
     for block in visual.transformer.resblocks:
         q, k, v = _heads(block.attn, block.ln_1(x))
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        attended = block.ls_1(block.attn.out_proj(attended))
+        seen = _merge_heads(F.scaled_dot_product_attention(q, k, v))
+        attended = block.ls_1(block.attn.out_proj(seen))
         x = x + attended
         fed = block.ls_2(block.mlp(block.ln_2(x)))
         x = x + fed

@@ -123,7 +123,7 @@ class Backbone(nn.Module):
         self._positions: dict[Any, Tensor] = {}
         self._adopt(recipe)
         self._digest: tuple[Any, str] | None = None
-        self._low_precision: dict[Any, Any] = {}
+        self._low_precision: dict[str, Any] = {}  # shared with what `with_attention` makes
         self.requires_grad_(False)
         self.eval()
 

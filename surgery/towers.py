@@ -181,7 +181,7 @@ def _embed_patches(
 def _add_attention(block: Any, x: Tensor, seen: Tensor) -> Tensor:
     """x [B, L, D] plus the output projection of what its tokens saw, [B, heads, L, d_head]."""
     out = block.attn.out_proj
-    return _add_linear(x, seen.transpose(1, 2).flatten(2), out.weight, out.bias, block.ls_1)
+    return _add_linear(x, _merge_heads(seen), out.weight, out.bias, block.ls_1)
 
 
 def _workspace(mlp: Any, x: Tensor) -> Tensor | None:
@@ -250,6 +250,10 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
+def _merge_heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)
+
+
 def _temperature(x: Tensor, d_head: int) -> Tensor:
     """GEM's: mean length of an image's tokens / sqrt(d_head), [B, 1, 1, 1]."""
     return x.float().norm(dim=-1).mean(dim=-1)[:, None, None, None] * d_head**-0.5
@@ -264,7 +268,7 @@ def _project(visual: Any, x: Tensor) -> Tensor:
 
 def _pool_project(pool: Any, seen: Tensor) -> Tensor:
     with torch.autocast(seen.device.type, enabled=False):
-        merged = widen(seen).transpose(1, 2).flatten(2)
+        merged = _merge_heads(widen(seen))
         projection = pool.c_proj
         return F.linear(
             merged, projection.weight.to(merged.dtype), projection.bias.to(merged.dtype)

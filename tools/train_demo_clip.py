@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,6 +39,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datamodules.shapes import BACKGROUNDS, COLOURS, NOUNS, PREFIXES, Draws, caption, draw_scene
+from surgery.metrics import MeanAveragePrecision
 
 IMAGE, PATCH = 96, 8
 GRID = IMAGE // PATCH
@@ -64,10 +66,6 @@ CONFIG: dict[str, Any] = {
         "layers": TEXT_LAYERS,
     },
 }
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-"""The pixel statistics that open_clip prepares images with unless told otherwise."""
 
 TRAINING_WORLD, STAGE_WORLD, HELD_OUT_WORLD = 700_000, 800_000, 900_000
 """Worlds drawn from here; a run's seed is added. The small seeds of users are never trained on."""
@@ -249,7 +247,7 @@ class Vision(nn.Module):
         self.ln_pre = nn.LayerNorm(WIDTH)
         self.transformer = Transformer(VISION_LAYERS)
         self.ln_post = nn.LayerNorm(WIDTH)
-        for name, values in (("mean", MEAN), ("std", STD)):
+        for name, values in (("mean", OPENAI_DATASET_MEAN), ("std", OPENAI_DATASET_STD)):
             pixels = torch.tensor(values).repeat_interleave(PATCH * PATCH) * 255
             self.register_buffer(name, pixels, persistent=False)
 
@@ -322,8 +320,8 @@ def whitened_cosines(patches: Tensor) -> Tensor:
     opponent = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])
     patterns = torch.einsum("ac,iy,jx->aijcyx", F.normalize(opponent, dim=1), waves, waves)
     patterns = patterns.reshape(-1, 3 * PATCH * PATCH)
-    mean = torch.tensor(MEAN).repeat_interleave(PATCH * PATCH) * 255
-    std = torch.tensor(STD).repeat_interleave(PATCH * PATCH) * 255
+    mean = torch.tensor(OPENAI_DATASET_MEAN).repeat_interleave(PATCH * PATCH) * 255
+    std = torch.tensor(OPENAI_DATASET_STD).repeat_interleave(PATCH * PATCH) * 255
     spread = ((patches.float() - mean) / std @ patterns.T).std(0)
     chosen = spread.argsort(descending=True, stable=True)[:WIDTH]
     return (patterns[chosen] / (spread[chosen, None] + 0.25)).view(WIDTH, 3, PATCH, PATCH)
@@ -407,23 +405,14 @@ def patchify(image: np.ndarray) -> Tensor:
 # Zero-shot recognition
 
 
-def average_precision(scores: Tensor, positive: Tensor) -> float:
-    """The mean precision at the positives, scores and positive [N]; nan without a positive."""
-    hits = positive[scores.argsort(descending=True, stable=True)].double()
-    precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
-    return float((precision * hits).sum() / hits.sum())
-
-
 def recognition(
     image: Tensor, text: Tensor, nouns: Sequence[tuple[str, ...]]
 ) -> tuple[float, dict[str, float]]:
     """mAP and each noun's average precision from class tokens [N, C] and prompts [T, C]."""
     scores = F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T
-    each = {
-        noun: average_precision(scores[:, t], torch.tensor([noun in there for there in nouns]))
-        for t, noun in enumerate(NOUNS)
-    }
-    return float(np.nanmean(list(each.values()))), each
+    metric = MeanAveragePrecision(len(NOUNS))
+    metric.update(scores, torch.tensor([[noun in there for noun in NOUNS] for there in nouns]))
+    return float(metric.compute()), dict(zip(NOUNS, metric.per_class().tolist(), strict=True))
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from surgery.metrics._counts import count_codes
+
 
 class Confusion(Metric):
     """How often each true class was taken for each other one.
@@ -47,9 +49,7 @@ class Confusion(Metric):
         count = len(self.matrix)
         truth = truth.int()
         codes = truth * count + predicted.int()
-        # One more code after all others takes the pixels that don't count.
-        codes.masked_fill_((truth < 0) | (truth >= count), count * count)
-        pairs = torch.bincount(codes.flatten(), minlength=count * count + 1)[:-1]
+        pairs = count_codes(codes, (truth >= 0) & (truth < count), count * count)
         self.matrix += pairs.view(count, count).to(self.matrix.device)
 
     def pixels(self) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from surgery.metrics._counts import count_codes
+
 
 class ThresholdIoU(Metric):
     """IoU of each positive label by itself, for all thresholds in one pass.
@@ -57,16 +59,13 @@ class ThresholdIoU(Metric):
             classes: [P] class indices, all different.
         """
         count = len(maps)
-        # Bin b holds the values that are >= threshold b and < threshold b + 1; one more bin after
-        # all others takes the pixels that don't count.
+        # Bin b holds the values that are >= threshold b and < threshold b + 1.
         bins = self.thresholds
         codes = (maps.float() * bins).int().clamp_(0, bins - 1)
         codes += foreground.int() * bins
-        codes += (
-            torch.arange(count, dtype=torch.int32, device=maps.device).view(-1, 1, 1) * 2 * bins
-        )
-        codes.masked_fill_(~valid, count * 2 * bins)
-        histogram = torch.bincount(codes.flatten(), minlength=count * 2 * bins + 1)[:-1]
+        rows = torch.arange(count, dtype=torch.int32, device=maps.device)
+        codes += rows.view(-1, 1, 1) * 2 * bins
+        histogram = count_codes(codes, valid, count * 2 * bins)
         histogram = histogram.view(count, 2, bins).to(self.inside.device)
         outside, inside = histogram[:, 0], histogram[:, 1]
         self.inside[classes] += inside
