@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 import yaml
 from jsonargparse import get_loader, set_loader
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import ParallelStrategy
 
 from datamodules import DATASETS, ShardDataModule
 from tasks import TASKS
@@ -49,7 +50,12 @@ def main(argv: list[str]) -> int:
         cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
     except Stopped as error:
         print(f"lightning predict: {error}", file=sys.stderr)
-        return 128 + signal.SIGTERM
+        # Lightning kills the process that it was started in when one that it launched fails; that
+        # one may have a batch to end, and says itself that it was stopped.
+        launched = isinstance(cli.trainer.strategy, ParallelStrategy) and isinstance(
+            cli.trainer.strategy.cluster_environment, LightningEnvironment
+        )
+        return 0 if launched and cli.trainer.local_rank > 0 else 128 + signal.SIGTERM
     except Exception as error:
         hint = explain(error)
         if hint is None or os.environ.get("CLIP_SURGERY_TRACEBACK"):

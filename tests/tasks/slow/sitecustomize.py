@@ -9,25 +9,37 @@ import importlib.abc
 import os
 import sys
 import time
+from importlib.machinery import PathFinder
 
 
 class _Slow(importlib.abc.MetaPathFinder):
+    """Replaces `encode` in `tasks.base` as soon as that module has been run."""
+
     def find_spec(self, name, path, target=None):
-        if name == "tasks.base":
-            sys.meta_path.remove(self)
-            from tasks import base
+        if name != "tasks.base":
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        run = spec.loader.exec_module
 
-            encode = base.encode
-            rank = os.environ.get("LOCAL_RANK", "0")
-            awaited = os.environ.get("SLOW_UNTIL") if rank == "0" else None
+        def run_and_slow_down(module):
+            run(module)
+            module.encode = slow(module.encode)
 
-            def slow(*args):
-                while awaited and not os.path.exists(awaited):
-                    time.sleep(0.05)
-                time.sleep(3 if awaited else 0.5)
-                return encode(*args)
+        spec.loader.exec_module = run_and_slow_down
+        return spec
 
-            base.encode = slow
+
+def slow(encode):
+    rank = os.environ.get("LOCAL_RANK", "0")
+    awaited = os.environ.get("SLOW_UNTIL") if rank == "0" else None
+
+    def later(*args):
+        while awaited and not os.path.exists(awaited):
+            time.sleep(0.05)
+        time.sleep(6 if awaited else 0.5)  # 6: longer than Lightning takes to see a rank end
+        return encode(*args)
+
+    return later
 
 
 sys.meta_path.insert(0, _Slow())
