@@ -42,6 +42,8 @@ class BackboneConfig:
         image_size: side of the input in pixels; by default the model's own.
         class_token: clip is CLIP's own, released what the released code returns (ResNets differ).
         quick_gelu: use OpenAI's GELU; by default as the weights need it.
+        compile: run the image tower through torch.compile: slow to start, for long runs on a GPU;
+            batch sizes of 8, 16, 24, ... waste nothing.
     """
 
     model: str = "ViT-B-16"
@@ -51,6 +53,7 @@ class BackboneConfig:
     image_size: int | None = None
     class_token: str = "clip"
     quick_gelu: bool | None = None
+    compile: bool = False
 
 
 class ImageResult(NamedTuple):

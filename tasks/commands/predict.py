@@ -89,6 +89,12 @@ def explain(error: Exception) -> str | None:
         return f"the disk is full ({error}). Make room. {again}"
     if isinstance(error, OSError):
         return f"{error}. {again}"
+    compiling = sys.modules.get("torch._dynamo.exc")  # heavy; there if anything was compiled
+    if compiling and isinstance(error, compiling.TorchDynamoException):
+        return (
+            f"the image tower could not be compiled ({str(error).splitlines()[0]}). torch.compile needs "
+            f"a C++ compiler; --model.backbone.compile false needs none. {again}"
+        )
     if isinstance(error, torch.OutOfMemoryError):
         return f"one image doesn't fit the GPU's memory: a smaller --data.image_size may. {again}"
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):

@@ -1,6 +1,7 @@
 """The image towers against the released code's numbers, and what that code cannot do."""
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -221,6 +222,22 @@ def test_preprocess_normalises(network):
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (backbone.mean, backbone.std))
     close(backbone.preprocess(images), (images.float() / 255 - mean) / std, 1e-6)
+
+
+def test_compiled_it_says_the_same(tmp_path, folder):
+    config = json.loads((folder / "vit.json").read_text())
+    config["vision_cfg"]["layers"] = 2
+    path = tmp_path / "two_blocks.json"
+    path.write_text(json.dumps(config))
+    images = torch.rand(4, 3, *load_backbone(path).image_size)
+    torch._dynamo.utils.counters.clear()
+    with torch.inference_mode():
+        eager, compiled = load_backbone(path), load_backbone(path, compile=True)
+        for count in (4, 3):  # the last batch of a shard is filled up, not compiled anew
+            given, expected = (b.encode_image(images[:count]) for b in (compiled, eager))
+            close(joined(given), joined(expected), TOLERANCE["vit"])
+            assert given.grid == expected.grid
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_survives_pickling(reference, network):

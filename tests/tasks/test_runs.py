@@ -47,6 +47,15 @@ def test_loader_workers_change_nothing(finished, predict, tmp_path):
     assert same_results(finished, predict(tmp_path / "workers", "--data.num_workers=3"))
 
 
+def test_a_compiled_backbone_needs_a_compiler(command, tmp_path, monkeypatch, capsys):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "/nowhere/g++"))
+    monkeypatch.setattr(config, "force_disable_caches", True)
+    assert main(command(tmp_path / "run", "--model.backbone.compile=true")) == 1
+    assert "--model.backbone.compile false needs none" in capsys.readouterr().err
+
+
 def test_another_setting_is_refused_until_told_otherwise(finished, command, tmp_path, capsys):
     run = shutil.copytree(finished, tmp_path / "run")
     assert main(command(run, "--model.threshold=0.4")) == 1
