@@ -114,7 +114,8 @@ def main() -> int:
         print(format_table(rows))
     if args.output:
         names = ("model", "task", "image_size", "precision", "batch_size", "workers", "images")
-        settings = {k: getattr(args, k) for k in (*names, "threads", "repeats", "accelerator")}
+        more = ("fields", "threads", "repeats", "accelerator")
+        settings = {name: getattr(args, name) for name in (*names, *more)}
         write_json(args.output, {"table": rows, "s_per_image": samples}, **settings)
     return int(any(row["met"] is False for row in rows))
 
@@ -136,6 +137,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, help="of torch; as many as it wants by default")
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument(
+        "--fields",
+        nargs="*",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="of the run besides, such as data.decoder=torchcodec or model.backbone.compile=true",
+    )
     parser.add_argument("--output", type=Path, help="also write the table and all runs as json")
     parser.add_argument("--measure-model", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -279,6 +287,7 @@ def options(args: argparse.Namespace, shards: Path, output: Path, workers: int) 
         *(f"--data.num_workers={workers}", f"--writer.output={output}"),
         *(f"--trainer.accelerator={args.accelerator}", f"--trainer.precision={args.precision}"),
         "--trainer.enable_progress_bar=false",
+        *(f"--{field}" for field in args.fields),
     ]
 
 
@@ -380,7 +389,8 @@ def profile(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 
 def describe(args: argparse.Namespace) -> str:
-    return f"{args.task}, {args.image_size}, {args.precision}, batch {args.batch_size}"
+    settings = [args.task, args.image_size, args.precision, f"batch {args.batch_size}"]
+    return ", ".join(map(str, [*settings, *args.fields]))
 
 
 def whole(count: int, unit: int) -> int:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from datamodules._tar import BadSample, Entry, Span, read_member
-from datamodules.samples import VOID, DatasetInfo, Sample
+from datamodules.samples import VOID, DatasetInfo, Encoded, Sample
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "avif")
 LABEL = "label.png"
@@ -22,6 +22,7 @@ MAX_TEXT_BYTES = 1 << 20
 MAX_PIXELS = 100_000_000
 MAX_LONG_SIDE = 2048
 _EXIF_ORIENTATION = 0x0112
+_END_OF_JPEG = b"\xff\xd9"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Decoder:
             longer one not more than 2048.
         multiple: (height, width) of a patch; ``short_side`` rounds to multiples of it.
         keep_original: also give the image as it was before it was resized.
+        defer: leave the JPEGs that every decoder reads alike to be decoded later.
     """
 
     info: DatasetInfo
@@ -47,6 +49,7 @@ class Decoder:
     resize: Literal["squash", "short_side"] = "squash"
     multiple: tuple[int, int] = (1, 1)
     keep_original: bool = False
+    defer: bool = False
 
     def __call__(self, entry: Entry) -> Sample:
         """Decode one sample.
@@ -66,8 +69,12 @@ class Decoder:
             raise BadSample(f"no image: its members are {sorted(members)}")
         label = self._label(members)
         data = read_member(members[extension], MAX_IMAGE_BYTES)
-        image = open_image(data, self.max_pixels, None if label is None else label.shape[-2:])
-        size = (image.height, image.width)
+        size = size_if_plain(data, self.max_pixels) if self.defer else None
+        picture = None
+        if size is None:
+            seen = None if label is None else label.shape[-2:]
+            picture = open_image(data, self.max_pixels, seen)
+            size = (picture.height, picture.width)
         if label is None and self.info.labels == "mask":
             if record.get("positives") == []:  # one mask a positive label, and there is none
                 label = np.zeros((0, *size), np.uint8)
@@ -76,20 +83,22 @@ class Decoder:
         if label is not None and label.shape[-2:] != size:
             raise BadSample(
                 f"the label is {label.shape[-1]}x{label.shape[-2]}, "
-                f"the image is {image.width}x{image.height}"
+                f"the image is {size[1]}x{size[0]}"
             )
         height, width = self.target_size(size)
-        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        image: torch.Tensor | Encoded = Encoded(data, (height, width))
+        if picture is not None:
+            image = _pixels(picture.resize((width, height), Image.Resampling.BICUBIC))
         positives = self._positives(record, label)
         return Sample(
             key=entry.key,
-            image=_pixels(resized),
+            image=image,
             size=size,
             label=None if label is None else torch.from_numpy(label),
             positives=positives,
             caption=caption,
             record=record,
-            original=_pixels(image) if self.keep_original else None,
+            original=_pixels(picture) if self.keep_original and picture is not None else None,
         )
 
     def target_size(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -205,6 +214,28 @@ def open_image(
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def size_if_plain(data: bytes, max_pixels: int) -> tuple[int, int] | None:
+    """(height, width) of an upright, complete JPEG in gray or YCbCr; None for any other file.
+
+    What decoders disagree about (CMYK, stored rotation, an end that is missing) is Pillow's.
+
+    Raises:
+        BadSample: more than ``max_pixels`` pixels.
+    """
+    if not data.rstrip(b"\0").endswith(_END_OF_JPEG):
+        return None
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            _check_pixels(image, max_pixels)
+            plain = image.mode == "L" or (
+                image.mode == "RGB" and image.info.get("adobe_transform", 1) == 1
+            )
+            upright = image.getexif().get(_EXIF_ORIENTATION, 1) == 1
+            return (image.height, image.width) if plain and upright else None
+    except UnidentifiedImageError:
+        return None
 
 
 def _check_pixels(image: Image.Image, max_pixels: int) -> None:

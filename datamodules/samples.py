@@ -121,18 +121,26 @@ class SampleError(NamedTuple):
     reason: str
 
 
+class Encoded(NamedTuple):
+    """The bytes of an image file that is decoded later, and the (height, width) it gets then."""
+
+    data: bytes
+    size: tuple[int, int]
+
+
 class Sample(NamedTuple):
     """One decoded sample.
 
-    ``image`` uint8 [3,S,S'], resized; ``size`` (height, width) of the upright original; ``label``
-    either a label map [H,W] (uint8, or int32 where label values need 16 bits; ``DatasetInfo.void``
-    is void) or one mask a positive label [P,H,W] (uint8; 1 foreground, 0 background, 255 void), both
-    at the original size, or None; ``positives`` class indices, or None where unknown; ``record`` the
-    sample's json; ``original`` uint8 [3,H,W], not resized, for tasks that ask for it.
+    ``image`` uint8 [3,S,S'], resized, or what it will be made of; ``size`` (height, width) of the
+    upright original; ``label`` either a label map [H,W] (uint8, or int32 where label values need 16
+    bits; ``DatasetInfo.void`` is void) or one mask a positive label [P,H,W] (uint8; 1 foreground, 0
+    background, 255 void), both at the original size, or None; ``positives`` class indices, or None
+    where unknown; ``record`` the sample's json; ``original`` uint8 [3,H,W], not resized, for tasks
+    that ask for it.
     """
 
     key: str
-    image: Tensor
+    image: Tensor | Encoded
     size: tuple[int, int]
     label: Tensor | None
     positives: tuple[int, ...] | None
@@ -149,6 +157,7 @@ class Batch(NamedTuple):
     left them different sizes; every list has B entries. ``errors`` lists the samples that
     would have been in this batch, so B may be smaller than the batch size, or 0. The batch stands
     for the samples from ``start`` on of the ``total`` in its shard (0 if the shard is unreadable).
+    ``pending`` is empty once all images are decoded, as they are before a task sees them.
     """
 
     shard: str
@@ -162,6 +171,7 @@ class Batch(NamedTuple):
     captions: list[str | None]
     errors: list[SampleError]
     originals: list[Tensor | None]
+    pending: list[Tensor | Encoded]
 
     @property
     def end(self) -> int:
@@ -178,20 +188,26 @@ class Batch(NamedTuple):
         cls, shard: str, start: int, total: int, samples: list[Sample], errors: list[SampleError]
     ) -> Batch:
         """Stack the images of ``samples`` if they have one size; labels keep their own sizes."""
-        images: Tensor | list[Tensor] = [s.image for s in samples]
-        if len({image.shape for image in images}) <= 1:
-            empty = torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
-            images = torch.stack(list(images)) if samples else empty
+        images = [s.image for s in samples if isinstance(s.image, Tensor)]
+        decoded = len(images) == len(samples)
         return cls(
             shard=shard,
             start=start,
             total=total,
             keys=[s.key for s in samples],
-            images=images,
+            images=stack_alike(images if decoded else []),
             sizes=[s.size for s in samples],
             labels=[s.label for s in samples],
             positives=[s.positives for s in samples],
             captions=[s.caption for s in samples],
             errors=errors,
             originals=[s.original for s in samples],
+            pending=[] if decoded else [s.image for s in samples],
         )
+
+
+def stack_alike(images: list[Tensor]) -> Tensor | list[Tensor]:
+    """Images [3,S,S'] as one tensor [B,3,S,S'] if they have one size, else as they are."""
+    if not images:
+        return torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
+    return torch.stack(images) if len({image.shape for image in images}) == 1 else images

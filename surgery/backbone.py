@@ -73,7 +73,12 @@ def load_backbone(
     with torch.inference_mode(False):  # whose tensors could never record a gradient
         source = sources.build(str(model), weights, quick_gelu)
         backbone = Backbone(
-            source, attention, blocks, image_size, released=class_token == "released", compile=compile
+            source,
+            attention,
+            blocks,
+            image_size,
+            released=class_token == "released",
+            compile=compile,
         )
         # Every run asks for it (prompt cache, metadata); now the weights are at hand and on the CPU.
         backbone.fingerprint()

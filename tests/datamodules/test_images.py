@@ -1,6 +1,7 @@
 """Own images: whatever a person points at becomes batches with safe, unique keys."""
 
 import io
+import sys
 import tarfile
 
 import numpy as np
@@ -107,6 +108,59 @@ def test_what_is_broken_is_named_and_the_rest_goes_on(photos):
     assert reasons["empty"] == "the image file is empty"
     assert reasons["text"] == "not a picture of a known format"
     assert "Truncated" in reasons["half"] or "truncated" in reasons["half"]
+
+
+@pytest.fixture
+def jpegs(photos):
+    """Those that decoders read alike, others, and broken ones."""
+    down, right = np.mgrid[0:255:90j, 0:255:120j]
+    smooth = Image.fromarray(np.stack([down, right, 255 - down], axis=2).astype(np.uint8))
+    smooth.save(photos / "smooth.jpg", quality=90)
+    smooth.save(photos / "progressive.jpg", progressive=True)
+    smooth.convert("L").save(photos / "gray.jpg")
+    smooth.convert("CMYK").save(photos / "cmyk.jpg")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    smooth.save(photos / "turned.jpg", exif=turned)
+    whole = (photos / "smooth.jpg").read_bytes()
+    (photos / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    (photos / "no_image.jpg").write_bytes(whole[:2] + whole[-2:])
+    (photos / "empty.jpg").write_bytes(b"")
+    return photos
+
+
+@pytest.mark.parametrize("resize", ["squash", "short_side"])
+def test_torchcodec_decodes_what_pillow_does(resize, jpegs):
+    options = {"resize": resize, "batch_size": 5}
+    expected = batches_of(images(str(jpegs), **options))
+    data = images(str(jpegs), decoder="torchcodec", **options)
+    waiting = batches_of(data)
+    assert {type(image).__name__ for b in waiting for image in b.pending} == {"Encoded", "Tensor"}
+    given = [data.on_after_batch_transfer(batch, 0) for batch in waiting]
+    for ours, theirs in zip(given, expected, strict=True):
+        assert (ours.keys, ours.sizes, ours.end) == (theirs.keys, theirs.sizes, theirs.end)
+        assert [e.key for e in ours.errors] == [e.key for e in theirs.errors]
+        assert type(ours.images) is type(theirs.images)
+        for a, b in zip(ours.images, theirs.images, strict=True):
+            assert a.shape == b.shape
+            assert (a.int() - b.int()).abs().max() <= 1
+    assert sorted(e.key for batch in given for e in batch.errors) == ["empty", "half", "no_image"]
+
+
+def test_a_jpeg_that_only_breaks_while_it_is_decoded(jpegs):
+    data = images(str(jpegs / "smooth.jpg"), decoder="torchcodec")
+    (batch,) = batches_of(data)
+    (waiting,) = batch.pending
+    torn = waiting._replace(data=waiting.data[: len(waiting.data) // 2])
+    found = data.on_after_batch_transfer(batch._replace(pending=[torn]), 0)
+    assert (found.keys, len(found.images), found.end) == ([], 0, 1)
+    assert [error.key for error in found.errors] == ["smooth"]
+
+
+def test_a_missing_torchcodec_is_said_at_once(photos, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    with pytest.raises(ValueError, match=r"clip-surgery-lightning\[gpu-decode\]"):
+        images(str(photos), decoder="torchcodec")
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16", "F"])

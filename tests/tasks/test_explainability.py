@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from datamodules.shapes import INFO, NOUNS, draw_scene
+from tasks.__main__ import main
 from tests.tasks.conftest import members
 
 
@@ -127,3 +128,27 @@ def test_plain_clip_is_a_setting_away(finished, predict, tmp_path):
         json.loads((r / "metrics.json").read_text())["metrics"]["mSC"] for r in (finished, raw)
     ]
     assert numbers[0] != numbers[1]
+
+
+def test_jpegs_that_are_decoded_where_the_model_is(command, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for index in range(3):
+        scene = Image.fromarray(draw_scene(5, index, 64).image).resize((80, 70))
+        scene.save(photos / f"{index}.{'png' if index == 1 else 'jpg'}", quality=95)
+    found = {}
+    for decoder in ("pillow", "torchcodec"):
+        words = command(tmp_path / decoder, f"--data.decoder={decoder}", "--writer.overlays=true")
+        words = [w for w in words if not w.startswith("--data.shards")]
+        data = ["--data=Images", f"--data.path={photos}", "--data.names=[circle, star]"]
+        assert main([*words[:3], *data, *words[5:]]) == 0
+        found[decoder] = members(tmp_path / decoder / "images-00000.tar")
+    theirs, ours = found.values()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        if name.endswith(".npy"):
+            a, b = (np.load(io.BytesIO(f[name])).astype(float) for f in (ours, theirs))
+            assert np.abs(a - b).max() < 0.05 * np.abs(b).max()
+        if name.endswith(".jpg"):
+            assert Image.open(io.BytesIO(ours[name])).size == (80, 70)
+    assert sum(name.endswith(".jpg") for name in ours) >= 3
