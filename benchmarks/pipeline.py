@@ -316,7 +316,10 @@ def to_the_end(ranks: list[list[Note]]) -> float:
 def model_seconds(args: argparse.Namespace) -> float:
     """Seconds an image of `encode_image` alone, over as many batches as a run has."""
     weights = "demo" if args.model == "demo" else None
-    backbone = surgery.load_backbone(args.model, weights, image_size=args.image_size)
+    static = args.batch_size if "model.backbone.compile=true" in args.fields else None
+    backbone = surgery.load_backbone(
+        args.model, weights, image_size=args.image_size, static_batch=static
+    )
     device = torch.device("cuda" if args.accelerator == "gpu" else "cpu")
     backbone.to(device)
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=device)
@@ -375,6 +378,7 @@ def profile(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         "decode": sample - resize,
         "resize": resize,
         "index shards, collate": loader - sample,
+        "decode and resize on the device": spent("datamodules/_device_decode.py", "decode_pending"),
         **inside,
         "the rest of the step": spent("/tasks/", "predict_step") - sum(inside.values()),
         "write": spent("tasks/writer.py", "write_on_batch_end"),

@@ -8,7 +8,8 @@ Both get the same random weights, and their maps must agree before anything is m
     end to end       normalised images to tokens, feature surgery, maps of all classes in image size
     feature surgery  alone, from tokens and texts
     peak memory      of an end-to-end call in a process of its own, above what it held before
-                     (Linux; on a GPU, its allocator's)
+                     (Linux; on a GPU, its allocator's), on one image, and on a batch, of which
+                     most are then the maps of all classes that both return
 
 Their tokens are normalised over channels, as the paper says (their demo's `norm(dim=1)` runs over
 tokens). Their feature surgery takes one image at a time, so it gets one at a time; so do maps.
@@ -165,10 +166,13 @@ def main() -> int:
         del images, released, ours, fast, tokens, own_tokens
 
     for size in args.sizes:
-        theirs, own, own_bf16 = (fresh_peak_growth(size, name) for name in CONTESTANTS)
-        for kind, what, peak in (("memory", "fp32", own), ("-", "bf16 against fp32", own_bf16)):
-            name = f"peak memory, {what}, {size}, batch {BATCH.get(size, 2)}"
-            rows.append(row(args, kind, name, size, "MB", theirs, peak, theirs / peak, "-"))
+        for batch in (1, BATCH.get(size, 2)):
+            theirs, own, own_bf16 = (fresh_peak_growth(size, batch, name) for name in CONTESTANTS)
+            kind = "memory" if batch == 1 else "-"
+            for what, peak in (("fp32", own), ("bf16 against fp32", own_bf16)):
+                name = f"peak memory, {what}, {size}, batch {batch}"
+                rows.append(row(args, kind, name, size, "MB", theirs, peak, theirs / peak, "-"))
+                kind = "-"
 
     print("\n" + format_table([own._asdict() for own in rows]))
     if args.output:
@@ -199,6 +203,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, help="also write the table as json")
     parser.add_argument("--measure-memory", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-batch", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -256,9 +261,10 @@ def row(args: argparse.Namespace, kind: str, what: str, size: int, *values: Any)
     return Row(what, *values, goal, None if goal is None else values[3] >= goal)
 
 
-def fresh_peak_growth(size: int, contestant: str) -> float:
+def fresh_peak_growth(size: int, batch: int, contestant: str) -> float:
     """`peak_growth` in a process of its own, started with this one's arguments."""
     command = [sys.executable, *sys.argv, "--sizes", str(size), "--measure-memory", contestant]
+    command += ["--memory-batch", str(batch)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout.split()[-1])
 
@@ -266,6 +272,7 @@ def fresh_peak_growth(size: int, contestant: str) -> float:
 def peak_growth(args: argparse.Namespace, size: int, contestant: str) -> float:
     """Megabytes that an end-to-end call takes at its peak above what was held before it."""
     images, text, *all_three = prepare(args, size)
+    images = images[: args.memory_batch]
     explain = all_three[CONTESTANTS.index(contestant)].explain
     explain(images[:1, :, :32, :32], text[:2])  # what is set up once is no part of it
     if args.accelerator == "gpu":

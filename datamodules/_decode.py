@@ -24,6 +24,10 @@ MAX_LONG_SIDE = 2048
 _EXIF_ORIENTATION = 0x0112
 _END_OF_JPEG = b"\xff\xd9"
 
+# Pillow's own limit would refuse what a raised max_pixels allows; ours is checked before anything is
+# unpacked.
+Image.MAX_IMAGE_PIXELS = None
+
 
 @dataclass(frozen=True)
 class Decoder:
@@ -88,7 +92,7 @@ class Decoder:
         height, width = self.target_size(size)
         image: torch.Tensor | Encoded = Encoded(data, (height, width))
         if picture is not None:
-            image = _pixels(picture.resize((width, height), Image.Resampling.BICUBIC))
+            image = to_tensor(picture.resize((width, height), Image.Resampling.BICUBIC))
         positives = self._positives(record, label)
         return Sample(
             key=entry.key,
@@ -98,7 +102,7 @@ class Decoder:
             positives=positives,
             caption=caption,
             record=record,
-            original=_pixels(picture) if self.keep_original and picture is not None else None,
+            original=to_tensor(picture) if self.keep_original and picture is not None else None,
         )
 
     def target_size(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -158,7 +162,13 @@ class Decoder:
         return tuple(stored)
 
 
-def _pixels(image: Image.Image) -> torch.Tensor:
+def reason_of(error: Exception) -> str:
+    """What is listed of an error that a stranger's bytes made."""
+    return str(error) if isinstance(error, BadSample) else f"{type(error).__name__}: {error}"[:500]
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """uint8 [3,H,W] of an RGB image."""
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()
 
 
@@ -192,9 +202,6 @@ def open_image(
         BadSample: not a picture, or more than ``max_pixels`` pixels.
         OSError: it is cut off.
     """
-    # Pillow's own limit would refuse what a raised max_pixels allows; ours is checked just below,
-    # before anything is unpacked.
-    Image.MAX_IMAGE_PIXELS = None
     if not data:
         raise BadSample("the image file is empty")
     try:

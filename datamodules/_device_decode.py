@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datamodules._decode import open_image
+from datamodules._decode import open_image, reason_of, to_tensor
 from datamodules.samples import Batch, Encoded, SampleError, stack_alike
+
+log = logging.getLogger(__name__)
+
+_PIXELS_AT_ONCE = 1 << 25  # 100 MB of uint8, and four times that while one of them is resized
 
 
 def load_decoder() -> Callable[..., Any]:
@@ -24,8 +29,9 @@ def load_decoder() -> Callable[..., Any]:
         from torchcodec.decoders import decode_jpeg
     except (ImportError, RuntimeError, OSError) as error:  # the last two: its libraries don't load
         raise ValueError(
-            f"--data.decoder torchcodec needs TorchCodec 0.16 or newer ({str(error).splitlines()[0]}): "
-            "pip install 'clip-surgery-lightning[gpu-decode]', or leave the decoder to be pillow"
+            f"--data.decoder torchcodec needs TorchCodec 0.16 or newer, made for the torch that is "
+            f"installed ({f'{error}'[:200]}): pip install 'clip-surgery-lightning[gpu-decode]', or "
+            "leave the decoder to be pillow"
         ) from None
     decoder: Callable[..., Any] = decode_jpeg
     return decoder
@@ -41,17 +47,18 @@ def decode_pending(
     if not batch.pending:
         return batch
     waiting = [i for i, image in enumerate(batch.pending) if isinstance(image, Encoded)]
-    data = [image.data for image in batch.pending if isinstance(image, Encoded)]
     images: list[Any] = list(batch.pending)
     originals, errors = list(batch.originals), list(batch.errors)
-    for i, found in zip(waiting, _decode(data, device, max_pixels), strict=True):
-        if isinstance(found, Exception):
-            errors.append(SampleError(batch.shard, batch.keys[i], str(found)[:500]))
-            images[i] = None
-            continue
-        images[i] = _resize(found, images[i].size)
-        if keep_originals:
-            originals[i] = found
+    for part in _in_parts(waiting, [height * width for height, width in batch.sizes]):
+        found = _decode([images[i].data for i in part], device, max_pixels)
+        for i, pixels in zip(part, found, strict=True):
+            if isinstance(pixels, Exception):
+                errors.append(SampleError(batch.shard, batch.keys[i], reason_of(pixels)))
+                images[i] = None
+                continue
+            images[i] = _resize(pixels, images[i].size)
+            if keep_originals:
+                originals[i] = pixels
     kept = [i for i, image in enumerate(images) if image is not None]
     return batch._replace(
         keys=[batch.keys[i] for i in kept],
@@ -66,24 +73,40 @@ def decode_pending(
     )
 
 
+def _in_parts(indices: Iterable[int], pixels: Sequence[int]) -> Iterator[list[int]]:
+    """Consecutive indices of images that are decoded at once, unresized: bounds the memory."""
+    part: list[int] = []
+    for i in indices:
+        if part and sum(pixels[j] for j in [*part, i]) > _PIXELS_AT_ONCE:
+            yield part
+            part = []
+        part.append(i)
+    if part:
+        yield part
+
+
 def _decode(
     files: Sequence[bytes], device: torch.device, max_pixels: int
 ) -> list[Tensor | Exception]:
     """uint8 [3,H,W] of each file on the device; what TorchCodec refuses is given to Pillow."""
-    if not files:
-        return []
     decode = load_decoder()
     where = device if device.type == "cuda" else torch.device("cpu")
     try:
         return [image.to(device) for image in decode(list(files), mode="RGB", device=where)]
-    except RuntimeError:  # of one of them, or there are too many for the memory
-        if len(files) > 1:
-            return [found for file in files for found in _decode([file], device, max_pixels)]
+    except RuntimeError as error:
+        reason = str(error)[:300]
+    if len(files) > 1:  # one of them is bad
+        return [found for file in files for found in _decode([file], device, max_pixels)]
+    _warn_once(reason[:60])
     try:
-        picture = open_image(files[0], max_pixels)
+        return [to_tensor(open_image(files[0], max_pixels)).to(device)]
     except Exception as error:  # a stranger's bytes may break any decoder in any way
         return [error]
-    return [torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(device)]
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    log.warning("TorchCodec refused an image (%s); Pillow decodes such ones", reason)
 
 
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -121,11 +121,16 @@ class SampleError(NamedTuple):
     reason: str
 
 
-class Encoded(NamedTuple):
-    """The bytes of an image file that is decoded later, and the (height, width) it gets then."""
+class Encoded:
+    """The bytes of an image file that is decoded later, and the (height, width) it gets then.
 
-    data: bytes
-    size: tuple[int, int]
+    A class of its own, not a tuple: Lightning moves batches by walking through all sequences in
+    them, and bytes are one.
+    """
+
+    def __init__(self, data: bytes, size: tuple[int, int]) -> None:
+        self.data = data
+        self.size = size
 
 
 class Sample(NamedTuple):

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from glob import escape, glob
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,11 +18,11 @@ from braceexpand import braceexpand
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from datamodules._decode import MAX_PIXELS, Decoder
+from datamodules._decode import MAX_PIXELS, Decoder, reason_of
 from datamodules._device_decode import decode_pending, load_decoder
 from datamodules._download import Archive
 from datamodules._remote import Spool, is_remote
-from datamodules._tar import BadSample, Entry, ShardError, index_shard
+from datamodules._tar import Entry, ShardError, index_shard
 from datamodules._words import read_names, worded
 from datamodules.samples import Batch, DatasetInfo, Sample, SampleError, Wording
 
@@ -81,11 +82,8 @@ class ShardStream(IterableDataset[Batch]):
         for entry in entries[start : start + self.batch_size]:
             try:
                 samples.append(self.decoder(entry))
-            except BadSample as error:
-                errors.append(SampleError(name, entry.key, str(error)))
             except Exception as error:  # a stranger's bytes may break any decoder in any way
-                reason = f"{type(error).__name__}: {error}"
-                errors.append(SampleError(name, entry.key, reason[:500]))
+                errors.append(SampleError(name, entry.key, reason_of(error)))
         return Batch.collate(name, start, len(entries), samples, errors)
 
 
@@ -196,7 +194,7 @@ class ShardDataModule(LightningDataModule):
             "synonyms": [list(words) for words in self.info.synonyms],
             "image_size": self.image_size,
             "resize": self.resize,
-            "decoder": self.decoder,
+            "decoder": self._decoded_by(),
             "max_pixels": self.max_pixels,
             "shards": [name for name, _ in self.shard_list()],
             "checksum": hashlib.sha256("".join(checksums).encode()).hexdigest(),
@@ -276,7 +274,7 @@ class ShardDataModule(LightningDataModule):
             keep_original=self._keep_originals(),
             defer=self.decoder != "pillow",
         )
-        device = self.trainer.strategy.root_device.type if self.trainer else "cpu"
+        device = self._device().type
         return DataLoader(
             self.stream(shards, decoder, Spool(folder, max(workers, 1))),
             batch_size=None,
@@ -288,8 +286,7 @@ class ShardDataModule(LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Decode on the model's device what the workers left to it."""
-        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        return decode_pending(batch, device, self.max_pixels, self._keep_originals())
+        return decode_pending(batch, self._device(), self.max_pixels, self._keep_originals())
 
     def stream(self, shards: list[tuple[str, str]], decoder: Decoder, spool: Spool) -> ShardStream:
         """What the loader workers iterate over."""
@@ -304,6 +301,15 @@ class ShardDataModule(LightningDataModule):
         if self._spool_folder:
             self._spool_folder.cleanup()
             self._spool_folder = None
+
+    def _decoded_by(self) -> str:
+        """What makes the pixels: other versions, and other devices, make other ones."""
+        if self.decoder == "pillow":
+            return self.decoder
+        return f"{self.decoder} {version(self.decoder)}, {self._device().type}"
+
+    def _device(self) -> torch.device:
+        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
     def _keep_originals(self) -> bool:
         task = self.trainer and self.trainer.lightning_module

@@ -2,8 +2,9 @@
 
 import copy
 import hashlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +37,7 @@ def load_backbone(
     image_size: int | tuple[int, int] | None = None,
     class_token: Literal["clip", "released"] = "clip",
     quick_gelu: bool | None = None,
-    compile: bool = False,
+    static_batch: int | None = None,
 ) -> "Backbone":
     """Load a CLIP for inference: evaluation mode, no gradients, on the CPU in float32.
 
@@ -54,9 +55,10 @@ def load_backbone(
     class_token: "clip": CLIP's own; "released": what the method's released code returns, which
         for ResNets is the reformed attention's (against the paper).
     quick_gelu: whether the network uses OpenAI's GELU; None: as the weights or the config say.
-    compile: run the image tower through `torch.compile`, with static shapes: the first batch of
-        each size takes long, and a batch is filled up to 1, 2, 4 or a multiple of 8 images. The
-        tokens are the same up to rounding.
+    static_batch: run the image tower through `torch.compile`, on this many images at a time, the
+        last ones filled up; None: as it is. The first batch of an image size takes a minute or so,
+        and of more than 8 sizes or recipes the rest is run uncompiled. The tokens are the same up
+        to rounding.
 
     Raises ValueError for names, files or settings that do not fit, RuntimeError where a download
     failed.
@@ -69,17 +71,13 @@ def load_backbone(
         raise ValueError(f"class_token={class_token!r}: expected 'clip' or 'released'")
     if blocks < 0:
         raise ValueError(f"blocks={blocks}: expected a number of blocks, 0 or more")
+    if static_batch is not None and static_batch < 1:
+        raise ValueError(f"static_batch={static_batch}: expected a number of images, 1 or more")
     weights = None if pretrained is None else str(pretrained)
     with torch.inference_mode(False):  # whose tensors could never record a gradient
         source = sources.build(str(model), weights, quick_gelu)
-        backbone = Backbone(
-            source,
-            attention,
-            blocks,
-            image_size,
-            released=class_token == "released",
-            compile=compile,
-        )
+        backbone = Backbone(source, attention, blocks, image_size, class_token == "released")
+        backbone.static_batch = static_batch
         # Every run asks for it (prompt cache, metadata); now the weights are at hand and on the CPU.
         backbone.fingerprint()
     return backbone
@@ -91,7 +89,8 @@ class Backbone(nn.Module):
     embed_dim: C, size of the joint space. patch_size: pixels a grid cell is high and wide.
     image_size: (height, width) images are expected in; others work too. mean, std: of the
     normalised images the weights were trained on, per channel, for pixels in [0, 1].
-    context_length: longest text in tokens. checkpoint: where the weights came from.
+    context_length: longest text in tokens. checkpoint: where the weights came from. static_batch:
+    as of `load_backbone`; may be changed.
     """
 
     def __init__(
@@ -101,7 +100,6 @@ class Backbone(nn.Module):
         blocks: int,
         image_size: int | tuple[int, int] | None,
         released: bool,
-        compile: bool,
     ) -> None:
         super().__init__()
         self.model = source.model
@@ -124,10 +122,6 @@ class Backbone(nn.Module):
         else:
             self.patch_size = (visual.patch_size[0], visual.patch_size[1])
             self._depth = len(visual.transformer.resblocks)
-        self._encode = encode_resnet if self._resnet else encode_vit
-        self._compiled = compile
-        if compile:
-            self._encode = torch.compile(self._encode, dynamic=False)
         self._native_grid = self._grid(native)
         if image_size is None:
             image_size = native
@@ -140,6 +134,7 @@ class Backbone(nn.Module):
         self._positions: dict[Any, Tensor] = {}
         self._adopt(recipe)
         self._digest: tuple[Any, str] | None = None
+        self.static_batch: int | None = None
         self._low_precision: dict[str, Any] = {}  # shared with what `with_attention` makes
         self.requires_grad_(False)
         self.eval()
@@ -173,14 +168,17 @@ class Backbone(nn.Module):
             )
         grid = self._grid((images.shape[2], images.shape[3]))
         visual, positions = self._visual(images.device.type), self._positions_for(grid)
-        if not self._compiled:
-            return self._encode(visual, images, positions, self.plan)
-        # Every other number of images would be compiled anew.
-        count = len(images)
-        missing = static_batch(count) - count
-        images = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
-        tokens = self._encode(visual, images, positions, self.plan)
-        return ImageTokens(tokens.class_token[:count], tokens.patch_tokens[:count], grid)
+        encode = encode_resnet if self._resnet else encode_vit
+        if not self.static_batch or not len(images):
+            return encode(visual, images, positions, self.plan)
+        parts = []
+        for part in images.split(self.static_batch):
+            missing = self.static_batch - len(part)
+            full = torch.cat([part, part[-1:].expand(missing, -1, -1, -1)])
+            tokens = _compiled(encode)(visual, full, positions, self.plan)
+            parts.append((tokens.class_token[: len(part)], tokens.patch_tokens[: len(part)]))
+        class_tokens, patch_tokens = zip(*parts, strict=True)
+        return ImageTokens(torch.cat(class_tokens), torch.cat(patch_tokens), grid)
 
     def encode_text(self, token_ids: Tensor) -> Tensor:
         """Token ids [T, L], L at most `context_length`, to features [T, C], not normalised.
@@ -366,9 +364,10 @@ class Backbone(nn.Module):
         return self._positions[key]
 
 
-def static_batch(count: int) -> int:
-    """How many images a compiled tower is run on, to encode `count`: 1, 2, 4, 8, 16, 24, ..."""
-    return 1 << (count - 1).bit_length() if count <= 8 else -(-count // 8) * 8
+@cache
+def _compiled(encode: Callable[..., ImageTokens]) -> Callable[..., ImageTokens]:
+    compiled: Callable[..., ImageTokens] = torch.compile(encode, dynamic=False)
+    return compiled
 
 
 def _digest(tensor: Tensor) -> bytes:

@@ -205,7 +205,7 @@ def _add_mlp(block: Any, x: Tensor, hidden: Tensor | None = None) -> Tensor:
         rows = normed.flatten(0, 1).to(hidden.dtype)
         inner = hidden[: len(rows)]
         torch.addmm(mlp.c_fc.bias, rows, mlp.c_fc.weight.T, out=inner)
-        inner = inner.view(*x.shape[:2], -1)
+        inner = inner.view(*x.shape[:2], inner.shape[-1])
     inner = _activate(mlp.gelu, inner)
     return _add_linear(x, inner, mlp.c_proj.weight, mlp.c_proj.bias, block.ls_2)
 

@@ -60,18 +60,22 @@ class Processes:
         """
         if self.group is None:
             return
+        broken = ""
         try:
             barrier = dist.barrier(group=self.group, async_op=True)
-            while not barrier.is_completed():
-                if self.asked_to_stop:
-                    raise Stopped(
-                        f"stopped by {self.asked_to_stop} while waiting for other processes; "
-                        "finished shards are kept, run again to go on"
-                    )
+            while not barrier.is_completed() and not self.asked_to_stop:
                 time.sleep(_LOOK)
-            barrier.wait()
+            if barrier.is_completed():
+                barrier.wait()
+                return
         except RuntimeError as error:  # gloo's, of a connection that was closed
-            raise RunError(
-                f"another process of the run broke off ({str(error).splitlines()[0]}). "
-                "Finished shards are kept: run the same command again to go on"
-            ) from None
+            broken = f"{error}"[:200]
+        if self.asked_to_stop:
+            raise Stopped(
+                f"stopped by {self.asked_to_stop} while waiting for other processes; finished shards "
+                "are kept, run again to go on"
+            )
+        raise RunError(
+            f"another process of the run broke off ({broken}). Finished shards are kept: run the same "
+            "command again to go on"
+        )

@@ -42,8 +42,8 @@ class BackboneConfig:
         image_size: side of the input in pixels; by default the model's own.
         class_token: clip is CLIP's own, released what the released code returns (ResNets differ).
         quick_gelu: use OpenAI's GELU; by default as the weights need it.
-        compile: run the image tower through torch.compile: slow to start, for long runs on a GPU;
-            batch sizes of 8, 16, 24, ... waste nothing.
+        compile: run the image tower through torch.compile, for batches of --data.batch_size images:
+            slow to start, for long runs on a GPU.
     """
 
     model: str = "ViT-B-16"
@@ -148,7 +148,10 @@ class Task(LightningModule):
         if self.text_features:  # before the weights: a file that doesn't fit is refused at once
             aliases = dict(zip(self.info.prompts, self.info.classes, strict=True))
             self.text = read_text_features(self.text_features, self.words(self.info), aliases)
-        self.backbone = load_backbone(**asdict(self.config))
+        options = asdict(self.config)
+        compiled = options.pop("compile")
+        batch = self.datamodule.batch_size if compiled else None
+        self.backbone = load_backbone(**options, static_batch=batch)
         self.metrics = self.configure_metrics(self.datamodule.info)
         self.configure_texts()
 
@@ -156,8 +159,13 @@ class Task(LightningModule):
         """Refuse a data set without what this task needs, before anything is loaded.
 
         Raises:
-            ValueError: says what is missing, and what fits.
+            ValueError: says what is missing, and what fits; or that compiling doesn't.
         """
+        if self.config.compile and not self.sees_one_size(datamodule):
+            raise ValueError(
+                "--model.backbone.compile is for images of one size: leave --data.resize at squash, or "
+                "give Segmentation a --model.window"
+            )
         has = offers(datamodule.info)
         lacking = [need for need in self.needs if need not in has]
         if lacking:
@@ -168,6 +176,10 @@ class Task(LightningModule):
                 f"{hint and f' ({hint})'}. Tasks that fit {data}: {', '.join(fitting_tasks(has))}. "
                 f"Data sets that fit {task}: {', '.join(fitting_datasets(self.needs))}"
             )
+
+    def sees_one_size(self, datamodule: ShardDataModule) -> bool:
+        """Whether all that the backbone is given has one size, in pixels."""
+        return datamodule.resize == "squash"
 
     def settings(self) -> dict[str, Any]:
         """What the class was made with; every argument is kept as an attribute of its name."""
@@ -234,12 +246,16 @@ class Task(LightningModule):
 
 def encode(backbone: Backbone, images: Tensor) -> ImageTokens:
     """Tokens of uint8 images [B,3,H,W]; in halves, where they don't fit the GPU's memory at once."""
+    at_once = backbone.static_batch or len(images)
     try:
         return backbone.encode_image(backbone.preprocess(images))
     except torch.OutOfMemoryError:
-        if len(images) == 1:
+        if at_once == 1:
             raise
-    log.warning("out of memory with %d images at once: encoding them in halves", len(images))
+    log.warning("out of memory with %d images at once: encoding them in halves", at_once)
+    if backbone.static_batch:
+        backbone.static_batch = at_once // 2
+        return encode(backbone, images)
     halves = [encode(backbone, half) for half in images.tensor_split(2)]
     return ImageTokens(
         torch.cat([h.class_token for h in halves]),

@@ -119,6 +119,10 @@ class Segmentation(Task):
             return {}
         return {"confusion": Confusion(len(info.classes) + self.has_background(info))}
 
+    def sees_one_size(self, datamodule: ShardDataModule) -> bool:
+        """Windows have one size whatever the images have."""
+        return bool(self.tile or self.window) or super().sees_one_size(datamodule)
+
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
         """The label map of each image, at its original size."""
         assert self.text is not None  # needs = ("classes",)

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import warnings
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -50,6 +51,7 @@ def main(argv: list[str]) -> int:
         cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
     except Stopped as error:
         print(f"lightning predict: {error}", file=sys.stderr)
+        leave_group()
         # Lightning kills the process that it was started in when one that it launched fails; that
         # one may have a batch to end, and says itself that it was stopped.
         launched = isinstance(cli.trainer.strategy, ParallelStrategy) and isinstance(
@@ -62,11 +64,17 @@ def main(argv: list[str]) -> int:
             raise
         print(f"lightning predict: {hint}", file=sys.stderr)
         return 1
-    if dist.is_initialized():
-        dist.destroy_process_group()  # else gloo's threads may abort the process as it exits
+    leave_group()
     if cli.trainer.is_global_zero:
         print_report(cli.writer.output)
     return 0
+
+
+def leave_group() -> None:
+    """Leave the other processes; else gloo's threads may abort this one as it exits."""
+    if dist.is_initialized():
+        with suppress(RuntimeError):  # the others may be gone
+            dist.destroy_process_group()
 
 
 def import_all() -> None:
@@ -92,8 +100,8 @@ def explain(error: Exception) -> str | None:
     compiling = sys.modules.get("torch._dynamo.exc")  # heavy; there if anything was compiled
     if compiling and isinstance(error, compiling.TorchDynamoException):
         return (
-            f"the image tower could not be compiled ({str(error).splitlines()[0]}). torch.compile needs "
-            f"a C++ compiler; --model.backbone.compile false needs none. {again}"
+            f"the image tower could not be compiled ({f'{error}'.strip()[:200]}). torch.compile needs a "
+            f"C++ compiler, on GPUs Triton; --model.backbone.compile false needs none. {again}"
         )
     if isinstance(error, torch.OutOfMemoryError):
         return f"one image doesn't fit the GPU's memory: a smaller --data.image_size may. {again}"

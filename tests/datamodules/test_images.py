@@ -7,11 +7,14 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from PIL import Image
 
 from datamodules import Images
+from datamodules._device_decode import load_decoder
 from datamodules._tar import MAX_KEY
 from datamodules.images import find_images, make_key
+from datamodules.samples import Encoded
 from tasks.base import Task
 from tests.datamodules.fakes import picture
 
@@ -151,10 +154,44 @@ def test_a_jpeg_that_only_breaks_while_it_is_decoded(jpegs):
     data = images(str(jpegs / "smooth.jpg"), decoder="torchcodec")
     (batch,) = batches_of(data)
     (waiting,) = batch.pending
-    torn = waiting._replace(data=waiting.data[: len(waiting.data) // 2])
+    torn = Encoded(waiting.data[: len(waiting.data) // 2], waiting.size)
     found = data.on_after_batch_transfer(batch._replace(pending=[torn]), 0)
     assert (found.keys, len(found.images), found.end) == ([], 0, 1)
     assert [error.key for error in found.errors] == ["smooth"]
+
+
+def test_lightning_moves_a_waiting_jpeg_as_it_is(jpegs):
+    (batch,) = batches_of(images(str(jpegs / "smooth.jpg"), decoder="torchcodec"))
+    moved = move_data_to_device(batch, torch.device("cpu"))
+    assert moved.pending[0] is batch.pending[0]
+
+
+def test_a_batch_that_is_decoded_in_parts(jpegs, monkeypatch):
+    """Because it is large, or because the decoder refuses all of it for one bad image."""
+    data = images(str(jpegs), decoder="torchcodec", batch_size=20)
+    (batch,) = batches_of(data)
+    whole = data.on_after_batch_transfer(batch, 0)
+    monkeypatch.setattr("datamodules._device_decode._PIXELS_AT_ONCE", 90 * 120)
+    parts = data.on_after_batch_transfer(batch, 0)
+    assert parts.keys == whole.keys
+    assert torch.equal(parts.images, whole.images)
+    decode = load_decoder()
+
+    def one_only(files, **options):
+        if len(files) > 1:
+            raise RuntimeError("out of memory")
+        return decode(files, **options)
+
+    monkeypatch.setattr("datamodules._device_decode._PIXELS_AT_ONCE", 1 << 25)
+    monkeypatch.setattr("datamodules._device_decode.load_decoder", lambda: one_only)
+    assert torch.equal(data.on_after_batch_transfer(batch, 0).images, whole.images)
+
+
+@pytest.mark.parametrize("decoder", ["pillow", "torchcodec"])
+def test_only_our_own_limit_of_pixels_counts(decoder, jpegs):
+    assert Image.MAX_IMAGE_PIXELS is None  # Pillow's, of which a worker would be reminded or not
+    few = images(str(jpegs / "smooth.jpg"), decoder=decoder, max_pixels=100)
+    assert "more than --data.max_pixels 100" in batches_of(few)[0].errors[0].reason
 
 
 def test_a_missing_torchcodec_is_said_at_once(photos, monkeypatch):

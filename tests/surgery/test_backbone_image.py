@@ -229,15 +229,18 @@ def test_compiled_it_says_the_same(tmp_path, folder):
     config["vision_cfg"]["layers"] = 2
     path = tmp_path / "two_blocks.json"
     path.write_text(json.dumps(config))
-    images = torch.rand(4, 3, *load_backbone(path).image_size)
+    images = torch.rand(6, 3, *load_backbone(path).image_size)
     torch._dynamo.utils.counters.clear()
     with torch.inference_mode():
-        eager, compiled = load_backbone(path), load_backbone(path, compile=True)
-        for count in (4, 3):  # the last batch of a shard is filled up, not compiled anew
+        eager, compiled = load_backbone(path), load_backbone(path, static_batch=4)
+        for count in (4, 3, 6, 0):  # filled up, or cut, not compiled anew
             given, expected = (b.encode_image(images[:count]) for b in (compiled, eager))
             close(joined(given), joined(expected), TOLERANCE["vit"])
             assert given.grid == expected.grid
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert pickle.loads(pickle.dumps(compiled)).static_batch == 4
+    with pytest.raises(ValueError, match="static_batch=0"):
+        load_backbone(path, static_batch=0)
 
 
 def test_survives_pickling(reference, network):

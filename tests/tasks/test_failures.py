@@ -96,18 +96,20 @@ def test_a_loader_worker_that_is_killed(finished, command, monkeypatch, tmp_path
     assert same_results(finished, run)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 def test_a_batch_too_large_for_the_gpu_goes_in_halves(
-    finished, predict, monkeypatch, tmp_path, caplog
+    compiled, finished, predict, monkeypatch, tmp_path, caplog
 ):
     encode = Backbone.encode_image
 
     def small_only(self, images):
-        if len(images) > 1:
+        if (self.static_batch or len(images)) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return encode(self, images)
 
+    monkeypatch.setattr("surgery.backbone._compiled", lambda encode: encode)
     monkeypatch.setattr(Backbone, "encode_image", small_only)
-    run = predict(tmp_path / "run")
+    run = predict(tmp_path / "run", f"--model.backbone.compile={compiled}")
     assert "in halves" in caplog.text
     numbers = [json.loads((r / "metrics.json").read_text())["metrics"] for r in (finished, run)]
     assert numbers[1] == pytest.approx(numbers[0], abs=1e-3)

@@ -56,6 +56,12 @@ def test_a_compiled_backbone_needs_a_compiler(command, tmp_path, monkeypatch, ca
     assert "--model.backbone.compile false needs none" in capsys.readouterr().err
 
 
+def test_compiling_is_for_images_of_one_size(command, tmp_path, capsys):
+    words = ("--model.backbone.compile=true", "--data.resize=short_side")
+    assert main(command(tmp_path / "run", *words)) == 1
+    assert "--data.resize at squash" in capsys.readouterr().err
+
+
 def test_another_setting_is_refused_until_told_otherwise(finished, command, tmp_path, capsys):
     run = shutil.copytree(finished, tmp_path / "run")
     assert main(command(run, "--model.threshold=0.4")) == 1
