@@ -317,21 +317,26 @@ class _Item:
         return int(np.count_nonzero(seen)) / seen.size
 
 
-def _place(draws: Draws, difficulty: float) -> list[_Item]:
+def _stages(difficulty: float) -> tuple[float, float]:
+    """How far what is in a scene has grown, until 0.75, and then how vivid it is; in [0, 1]."""
+    return min(1.0, difficulty / 0.75), max(0.0, difficulty - 0.75) * 4.0
+
+
+def _place(draws: Draws, content: float, vividness: float) -> list[_Item]:
     """Objects of different nouns, bottom one first, each at least `_MIN_VISIBLE` visible."""
-    several = max(0.0, difficulty - 0.3) / 0.7
+    several = max(0.0, content - 0.3) / 0.7
     count = 1 + int(draws.unit() * (1.0 + 3.0 * several))
     nouns = draws.some(count, len(NOUNS))
-    looks = _looks(draws, count, difficulty)
-    low = max(0.85 - difficulty, 0.45 - 0.15 * difficulty)
-    high = max(0.90 - 0.85 * difficulty, 0.56)
+    looks = _looks(draws, count, content)
+    low = max(0.85 - content, 0.45 - 0.15 * content - 0.04 * vividness)
+    high = max(0.90 - 0.85 * content, 0.56 - 0.08 * vividness)
     shrink = 1.0
     while True:  # ends: small enough objects always find a place
         items: list[_Item] = []
         for noun, (colour, rgb) in zip(nouns, looks, strict=True):
             extent = draws.between(low, high) * shrink
-            free = max(0.0, 1.0 - 0.85 * extent) * min(1.0, 2.5 * difficulty)
-            turn = draws.between(-0.42, 0.42) * difficulty  # tan of half the angle: to 45 degrees
+            free = max(0.0, 1.0 - 0.85 * extent) * min(1.0, 2.5 * content)
+            turn = draws.between(-0.42, 0.42) * content  # tan of half the angle: to 45 degrees
             norm = 1.0 + turn * turn
             items.append(
                 _Item(
@@ -343,7 +348,7 @@ def _place(draws: Draws, difficulty: float) -> list[_Item]:
                     extent,
                     (1.0 - turn * turn) / norm,
                     2.0 * turn / norm,
-                    -1.0 if draws.unit() < 0.5 * difficulty else 1.0,
+                    -1.0 if draws.unit() < 0.5 * content else 1.0,
                 )
             )
             if any(
@@ -356,20 +361,20 @@ def _place(draws: Draws, difficulty: float) -> list[_Item]:
 
 
 def _looks(
-    draws: Draws, count: int, difficulty: float
+    draws: Draws, count: int, content: float
 ) -> list[tuple[int, tuple[float, float, float]]]:
     """Different colours' indices, each with one of its shades, RGB in 0 ... 255.
 
-    A lone object is white at difficulty 0; several objects are always told apart by colour.
+    A lone object is white at content 0; several objects are always told apart by colour.
     """
     chosen = draws.some(count, len(COLOURS))
-    if count == 1 and draws.unit() >= 2.0 * difficulty:
+    if count == 1 and draws.unit() >= 2.0 * content:
         chosen = [len(COLOURS) - 1]
     looks: list[tuple[int, tuple[float, float, float]]] = []
     for colour in chosen:
-        shade = 1.0 - 0.25 * difficulty * draws.unit()
+        shade = 1.0 - 0.25 * content * draws.unit()
         red, green, blue = (
-            min(255.0, max(0.0, level * shade + draws.between(-18.0, 18.0) * difficulty))
+            min(255.0, max(0.0, level * shade + draws.between(-18.0, 18.0) * content))
             for level in tuple(COLOURS.values())[colour]
         )
         looks.append((colour, (red, green, blue)))
@@ -446,16 +451,20 @@ def _mixture(draws: Draws, kind: str, x: Field, y: Field, span: tuple[float, flo
 
 
 def _grounds(
-    draws: Draws, items: Sequence[_Item], difficulty: float
+    draws: Draws, items: Sequence[_Item], content: float, vividness: float
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Two RGB colours in 0 ... 255, each different enough from every object's."""
-    ceiling, apart = 25.0 + 115.0 * difficulty, 170.0
+    ceiling = 25.0 + 115.0 * content + 75.0 * vividness
+    apart = 170.0 - 45.0 * vividness
+    mildness = 0.5 - 0.15 * vividness
     chosen: list[tuple[float, ...]] = []
     tries = 0
     while len(chosen) < 2:
         rgb = tuple(draws.between(0.0, ceiling) for _ in range(3))
         if chosen:  # of mild contrast with the first
-            rgb = tuple(0.5 * (a + b) for a, b in zip(rgb, chosen[0], strict=True))
+            rgb = tuple(
+                (1.0 - mildness) * a + mildness * b for a, b in zip(rgb, chosen[0], strict=True)
+            )
         if min(sum(abs(a - b) for a, b in zip(rgb, i.rgb, strict=True)) for i in items) >= apart:
             chosen.append(rgb)
         ceiling = ceiling * 0.98 + 0.5  # dark ground differs from every colour
@@ -483,18 +492,19 @@ def caption(
 ) -> str:
     """A sentence about a scene, another one at each call.
 
-    At full difficulty 60% of the captions name the objects' colours, 20% the background, and 20%
-    of those of several objects name only some.
+    From a difficulty of 0.75 on, 60% of the captions name the objects' colours, 20% the background,
+    and 20% of those of several objects name only some.
     """
+    content, _ = _stages(difficulty)
     order = draws.some(len(nouns), len(nouns))
-    if draws.unit() < 0.2 * difficulty and len(order) > 1:
+    if draws.unit() < 0.2 * content and len(order) > 1:
         order = order[: 1 + draws.below(len(order) - 1)]
-    coloured = draws.unit() < 0.6 * difficulty * difficulty
+    coloured = draws.unit() < 0.6 * content * content
     phrases = [_article(f"{colours[i]} {nouns[i]}" if coloured else nouns[i]) for i in order]
     comma, last = ((", ", " and "), (" and ", " and "), (", ", " with "))[draws.below(3)]
     text = comma.join(phrases[:-1]) + (last if len(phrases) > 1 else "") + phrases[-1]
     text = PREFIXES[draws.below(len(PREFIXES))] + text
-    if draws.unit() < 0.2 * difficulty * difficulty and background in BACKGROUNDS:
+    if draws.unit() < 0.2 * content * content and background in BACKGROUNDS:
         text = f"{text} {BACKGROUNDS[background]}"
     return text + ("." if draws.unit() < 0.3 else "")
 
@@ -518,7 +528,9 @@ def draw_scene(
         index: the scene in it; not negative.
         size: pixels of the side, or (height, width). Another size is the same scene: other pixels
             of the same objects, colours and words. A longer side moves the objects apart.
-        difficulty: from 0, one large upright white object in the middle of dark ground, to 1.
+        difficulty: from 0, one large upright white object in the middle of dark ground, over 0.75,
+            four turned, coloured, mirrored ones on patterned dark ground, to 1, where they are
+            smaller and the ground is as bright and colourful as they are.
         background: one of `BACKGROUNDS` or of `UNSEEN_BACKGROUNDS`; drawn if not given.
     """
     height, width = (size, size) if isinstance(size, int) else size
@@ -526,10 +538,11 @@ def draw_scene(
         raise ValueError(f"expected a size of at least one pixel; got {height} x {width}")
     if not 0.0 <= difficulty <= 1.0:
         raise ValueError(f"expected a difficulty in [0, 1]; got {difficulty}")
+    content, vividness = _stages(difficulty)
     draws = Draws(seed, index, 0)
-    items = _place(draws, difficulty)
-    grounds = _grounds(draws, items, difficulty)
-    textured, drawn = draws.unit() < 1.4 * difficulty, draws.below(len(BACKGROUNDS))
+    items = _place(draws, content, vividness)
+    grounds = _grounds(draws, items, content, vividness)
+    textured, drawn = draws.unit() < 1.4 * content, draws.below(len(BACKGROUNDS))
     kind = background or (tuple(BACKGROUNDS)[drawn] if textured else "plain")
     nouns = tuple(NOUNS[item.noun] for item in items)
     colours = tuple(tuple(COLOURS)[item.colour] for item in items)
@@ -549,7 +562,7 @@ def draw_scene(
     for item in items:
         _paint(planes, label, item, span)
 
-    amplitude = 2.0 + 4.0 * difficulty
+    amplitude = 2.0 + 4.0 * content
     noise = Draws(seed, index, 2).bytes(3, height, width).astype(np.float32)
     noise -= 127.5
     noise *= amplitude / 127.5
