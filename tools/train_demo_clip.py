@@ -1,16 +1,19 @@
 """Train the demo CLIP on the drawn world of `datamodules.shapes`, from scratch.
 
     python tools/train_demo_clip.py --seed 1 --hardest 0.75 --output runs/1-shapes
-    python tools/train_demo_clip.py --seed 1 --start runs/1-shapes --difficulty 1 --steps 1600 \
+    python tools/train_demo_clip.py --seed 1 --start runs/1-shapes --difficulty 1 --steps 1800 \
         --decay-from 600 --muon-rate 2e-3 --adam-rate 7e-4 --output runs/1
-    python tools/train_demo_clip.py --evaluate runs/0
+    (and so with --seed 0)
+    python tools/train_demo_clip.py --evaluate runs/1
     python tools/train_demo_clip.py --publish runs/0 runs/1 --output surgery/demo_clip
 
 One symmetric contrastive loss over images and their captions, nothing else: no labels, no masks, no
-pretrained part. The difficulty of the world rises as the model learns to name what it sees. The
-output is a stock open_clip model (`config.json`, `model.safetensors`) and what is known of the run
-(`card.json`); publishing measures the runs, keeps the better one and writes the model card. The
-same seed and number of steps give the same run on the same machine and number of threads.
+pretrained part. The difficulty of the world rises as the model learns to name what it sees; bright
+ground comes in a run of its own, for rising to it at once left, after 3,500 steps, an mAP of 0.66
+and 1.3 times raw CLIP's mIoU with surgery, where the two runs get 0.92 and 1.7 times. The output is
+a stock open_clip model (`config.json`, `model.safetensors`) and what is known of the run
+(`card.json`); publishing measures the runs, keeps the better one and writes the model card. The same
+seed and number of steps give the same run on the same machine and number of threads.
 """
 
 from __future__ import annotations
