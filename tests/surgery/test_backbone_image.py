@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -224,6 +225,9 @@ def test_preprocess_normalises(network):
     close(backbone.preprocess(images), (images.float() / 255 - mean) / std, 1e-6)
 
 
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="torch.compile needs a compiler"
+)
 def test_compiled_it_says_the_same(tmp_path, folder):
     config = json.loads((folder / "vit.json").read_text())
     config["vision_cfg"]["layers"] = 2
