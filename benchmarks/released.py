@@ -168,11 +168,10 @@ def main() -> int:
     for size in args.sizes:
         for batch in (1, BATCH.get(size, 2)):
             theirs, own, own_bf16 = (fresh_peak_growth(size, batch, name) for name in CONTESTANTS)
-            kind = "memory" if batch == 1 else "-"
-            for what, peak in (("fp32", own), ("bf16 against fp32", own_bf16)):
+            goal = "memory" if batch == 1 else "-"
+            for kind, what, peak in ((goal, "fp32", own), ("-", "bf16 against fp32", own_bf16)):
                 name = f"peak memory, {what}, {size}, batch {batch}"
                 rows.append(row(args, kind, name, size, "MB", theirs, peak, theirs / peak, "-"))
-                kind = "-"
 
     print("\n" + format_table([own._asdict() for own in rows]))
     if args.output:

@@ -29,8 +29,8 @@ def load_decoder() -> Callable[..., Any]:
         from torchcodec.decoders import decode_jpeg
     except (ImportError, RuntimeError, OSError) as error:  # the last two: its libraries don't load
         raise ValueError(
-            f"--data.decoder torchcodec needs TorchCodec 0.16 or newer, made for the torch that is "
-            f"installed ({f'{error}'[:200]}): pip install 'clip-surgery-lightning[gpu-decode]', or "
+            "--data.decoder torchcodec needs TorchCodec 0.16 or newer, made for the torch that is "
+            f"installed ({str(error)[:200]}): pip install 'clip-surgery-lightning[gpu-decode]', or "
             "leave the decoder to be pillow"
         ) from None
     decoder: Callable[..., Any] = decode_jpeg
@@ -90,14 +90,14 @@ def _decode(
 ) -> list[Tensor | Exception]:
     """uint8 [3,H,W] of each file on the device; what TorchCodec refuses is given to Pillow."""
     decode = load_decoder()
-    where = device if device.type == "cuda" else torch.device("cpu")
+    where = device if device.type == "cuda" else torch.device("cpu")  # there is no other
     try:
         return [image.to(device) for image in decode(list(files), mode="RGB", device=where)]
     except RuntimeError as error:
-        reason = str(error)[:300]
+        reason = str(error)[:60]
     if len(files) > 1:  # one of them is bad
         return [found for file in files for found in _decode([file], device, max_pixels)]
-    _warn_once(reason[:60])
+    _warn_once(reason)
     try:
         return [to_tensor(open_image(files[0], max_pixels)).to(device)]
     except Exception as error:  # a stranger's bytes may break any decoder in any way

@@ -302,7 +302,7 @@ def need_pycocotools() -> None:
         SourceError: it isn't; says how to install it.
     """
     try:
-        import pycocotools.mask  # noqa: F401
+        import pycocotools.mask  # noqa: F401  (only whether it is there)
     except ImportError:
         raise SourceError(
             'COCO masks need pycocotools: pip install "clip-surgery-lightning[coco]"'

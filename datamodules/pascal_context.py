@@ -169,7 +169,7 @@ def label_table(file: Path) -> np.ndarray:
         SourceError: one of the 59 classes isn't in it, or scipy is missing.
     """
     try:
-        import scipy.io  # noqa: F401
+        import scipy.io  # noqa: F401  (only whether it is there)
     except ImportError:
         raise SourceError(
             f"{file.parent} has the .mat release, which needs scipy: "

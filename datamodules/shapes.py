@@ -529,8 +529,8 @@ def draw_scene(
         size: pixels of the side, or (height, width). Another size is the same scene: other pixels
             of the same objects, colours and words. A longer side moves the objects apart.
         difficulty: from 0, one large upright white object in the middle of dark ground, over 0.75,
-            four turned, coloured, mirrored ones on patterned dark ground, to 1, where they are
-            smaller and the ground is as bright and colourful as they are.
+            one to four turned, coloured, mirrored ones on patterned dark ground, to 1, where they
+            are smaller and the ground is as bright and colourful as they are.
         background: one of `BACKGROUNDS` or of `UNSEEN_BACKGROUNDS`; drawn if not given.
     """
     height, width = (size, size) if isinstance(size, int) else size

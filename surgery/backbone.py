@@ -23,8 +23,6 @@ from surgery.towers import (
     wide_norm,
 )
 
-_OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 _CACHED_GRIDS = 8
 
 
@@ -76,8 +74,8 @@ def load_backbone(
     weights = None if pretrained is None else str(pretrained)
     with torch.inference_mode(False):  # whose tensors could never record a gradient
         source = sources.build(str(model), weights, quick_gelu)
-        backbone = Backbone(source, attention, blocks, image_size, class_token == "released")
-        backbone.static_batch = static_batch
+        released = class_token == "released"
+        backbone = Backbone(source, attention, blocks, image_size, released, static_batch)
         # Every run asks for it (prompt cache, metadata); now the weights are at hand and on the CPU.
         backbone.fingerprint()
     return backbone
@@ -100,16 +98,19 @@ class Backbone(nn.Module):
         blocks: int,
         image_size: int | tuple[int, int] | None,
         released: bool,
+        static_batch: int | None,
     ) -> None:
         super().__init__()
+        from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
         self.model = source.model
         self.name = source.name
         self.config = source.config
         self.checkpoint: CheckpointInfo = source.checkpoint
         self.embed_dim = int(source.config["embed_dim"])
         self.context_length = int(self.model.context_length)
-        self.mean: tuple[float, ...] = tuple(source.preprocess.get("mean") or _OPENAI_MEAN)
-        self.std: tuple[float, ...] = tuple(source.preprocess.get("std") or _OPENAI_STD)
+        self.mean: tuple[float, ...] = tuple(source.preprocess.get("mean") or OPENAI_DATASET_MEAN)
+        self.std: tuple[float, ...] = tuple(source.preprocess.get("std") or OPENAI_DATASET_STD)
 
         visual = self.model.visual
         self._resnet = hasattr(visual, "attnpool")
@@ -134,7 +135,7 @@ class Backbone(nn.Module):
         self._positions: dict[Any, Tensor] = {}
         self._adopt(recipe)
         self._digest: tuple[Any, str] | None = None
-        self.static_batch: int | None = None
+        self.static_batch = static_batch
         self._low_precision: dict[str, Any] = {}  # shared with what `with_attention` makes
         self.requires_grad_(False)
         self.eval()
@@ -173,6 +174,7 @@ class Backbone(nn.Module):
             return encode(visual, images, positions, self.plan)
         parts = []
         for part in images.split(self.static_batch):
+            # Also where nothing is missing: views and own tensors would be compiled apart.
             missing = self.static_batch - len(part)
             full = torch.cat([part, part[-1:].expand(missing, -1, -1, -1)])
             tokens = _compiled(encode)(visual, full, positions, self.plan)

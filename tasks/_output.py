@@ -63,7 +63,7 @@ class ShardRecord:
                 with tarfile.open(path) as tar:
                     found = {m.name: m for m in tar if m.name.startswith(f"{STATE}/")}
                     files = {
-                        name: tar.extractfile(found[f"{STATE}/{name}"]).read()  # type: ignore[union-attr]
+                        name: tar.extractfile(found[f"{STATE}/{name}"]).read()  # type: ignore[union-attr]  # a file
                         for name in _RECORD
                     }
             record = json.loads(files["record.json"])

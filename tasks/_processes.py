@@ -69,7 +69,7 @@ class Processes:
                 barrier.wait()
                 return
         except RuntimeError as error:  # gloo's, of a connection that was closed
-            broken = f"{error}"[:200]
+            broken = str(error)[:200]
         if self.asked_to_stop:
             raise Stopped(
                 f"stopped by {self.asked_to_stop} while waiting for other processes; finished shards "

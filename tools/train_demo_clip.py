@@ -76,9 +76,10 @@ TRAINING_WORLD, STAGE_WORLD, HELD_OUT_WORLD = 700_000, 800_000, 900_000
 TEMPLATES = ("a {}.", "a photo of a {}.", "a picture of a {}", "there is a {}")
 
 CLIMB = ((0.9, 0.075), (0.75, 0.045))
+"""The curriculum: mAP on new scenes of the stage above which the difficulty rises, and by how much."""
+
 PUSH = 0.0375
-"""The curriculum: mAP on new scenes of the stage above which the difficulty rises, and by how much;
-by `PUSH` above the mAP that a recipe says."""
+"""By how much it rises above the lower mAP that a recipe says."""
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def explain(error: Exception) -> str | None:
     compiling = sys.modules.get("torch._dynamo.exc")  # heavy; there if anything was compiled
     if compiling and isinstance(error, compiling.TorchDynamoException):
         return (
-            f"the image tower could not be compiled ({f'{error}'.strip()[:200]}). torch.compile needs a "
+            f"the image tower could not be compiled ({str(error).strip()[:200]}). torch.compile needs a "
             f"C++ compiler, on GPUs Triton; --model.backbone.compile false needs none. {again}"
         )
     if isinstance(error, torch.OutOfMemoryError):

@@ -9,6 +9,7 @@ import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -23,10 +24,10 @@ DATA = os.urandom(300_000)
 class Server(BaseHTTPRequestHandler):
     """Serves ``files``; understands Range; breaks off after ``breaks`` bytes, once an entry."""
 
-    files: dict[str, bytes] = {}  # noqa: RUF012
-    breaks: list[int] = []  # noqa: RUF012
+    files: ClassVar[dict[str, bytes]] = {}
+    breaks: ClassVar[list[int]] = []
     ranges = True
-    asked: list[str] = []  # noqa: RUF012
+    asked: ClassVar[list[str]] = []
 
     def do_GET(self):
         data = self.files.get(self.path.lstrip("/"))
