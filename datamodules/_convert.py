@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 from webdataset import TarWriter
 
+from common.errors import UserError
 from datamodules._decode import read_index_png
 from datamodules._tar import BadSample
 from datamodules.samples import DatasetInfo
@@ -31,7 +32,7 @@ from datamodules.shards import read_dataset_json
 Members = dict[str, str | bytes]
 
 
-class SourceError(Exception):
+class SourceError(UserError):
     """The source folder isn't what was expected; the message shows both."""
 
 

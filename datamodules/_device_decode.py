@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.errors import InvalidSetting
 from datamodules._decode import open_image, reason_of, to_tensor
 from datamodules.samples import Batch, Encoded, SampleError, stack_alike
 
@@ -28,7 +29,7 @@ def load_decoder() -> Callable[..., Any]:
     try:
         from torchcodec.decoders import decode_jpeg
     except (ImportError, RuntimeError, OSError) as error:  # the last two: its libraries don't load
-        raise ValueError(
+        raise InvalidSetting(
             "--data.decoder torchcodec needs TorchCodec 0.16 or newer, made for the torch that is "
             f"installed ({str(error)[:200]}): pip install 'clip-surgery-lightning[gpu-decode]', or "
             "leave the decoder to be pillow"

@@ -17,11 +17,13 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
+from common.errors import UserError
+
 RETRIES = 5
 CHUNK = 1 << 20
 
 
-class DownloadError(Exception):
+class DownloadError(UserError):
     """A file can't be fetched or is not what it should be; the message says which and why."""
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from common.errors import MissingFile
 from datamodules._convert import sha256_of
 from datamodules._decode import MAX_PIXELS, Decoder
 from datamodules._tar import BadSample, ShardError, index_shard
@@ -40,7 +41,7 @@ def verify(folder: Path, *, workers: int | None = None) -> Verified:
     described = read_dataset_json(folder)
     files = {path.name: path for path in sorted(folder.glob("*.tar"))}
     if not files and not described:
-        raise FileNotFoundError(f"{folder} holds no *.tar: give a folder of shards")
+        raise MissingFile(f"{folder} holds no *.tar: give a folder of shards")
     facts = {shard["name"]: shard for shard in described.get("shards", [])}
     problems = [
         SampleError(name, "", "is listed in dataset.json, but missing")

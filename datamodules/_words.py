@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from common.errors import InvalidSetting, MissingFile
 from datamodules.samples import DatasetInfo, Wording
 
 
@@ -21,7 +22,7 @@ def read_names(names: list[str] | str | None) -> list[str] | None:
     if os.path.isfile(names):
         lines = Path(names).read_text(encoding="utf-8-sig").splitlines()
     elif names.endswith(".txt"):
-        raise FileNotFoundError(f"--data.names {names!r}: no such file in {os.getcwd()}")
+        raise MissingFile(f"--data.names {names!r}: no such file in {os.getcwd()}")
     else:
         lines = names.split(",")
     return [line.strip() for line in lines if line.strip()]
@@ -44,15 +45,15 @@ def worded(
     if names and not info.classes:
         info = replace(info, classes=tuple(names))
     if names is not None and len(names) != len(info.classes):
-        raise ValueError(
+        raise InvalidSetting(
             f"--data.names has {len(names)} names, but {info.name} has {len(info.classes)} classes: "
             f"give one a class, in the order of `lightning list datasets`"
         )
     if synonyms not in ("none", "raw", *wordings):
         known = ", ".join(("none", "raw", *wordings))
-        raise ValueError(f"--data.synonyms {synonyms!r}: {info.name} has {known}")
+        raise InvalidSetting(f"--data.synonyms {synonyms!r}: {info.name} has {known}")
     if background and not info.background:
-        raise ValueError(f"--data.background true: {info.name} has no background, only void")
+        raise InvalidSetting(f"--data.background true: {info.name} has no background, only void")
     if synonyms in wordings:
         words, rest = wordings[synonyms]
     else:

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from common.errors import InvalidSetting
 from datamodules import coco, coco_stuff, voc
 from datamodules._convert import Source
 from datamodules.samples import VOID, DatasetInfo, Wording
@@ -58,7 +59,7 @@ class COCOObject(ShardDataModule):
             ValueError: another word than these two.
         """
         if unlabelled not in ("background", "void"):
-            raise ValueError(f"--unlabelled is background or void, not {unlabelled!r}")
+            raise InvalidSetting(f"--unlabelled is background or void, not {unlabelled!r}")
         relabel = unlabelled_is_void if unlabelled == "void" else unlabelled_is_background
         found = coco_stuff.maps_source(INFO, source, split, relabel)
         found.extra["unlabelled"] = unlabelled

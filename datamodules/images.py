@@ -11,6 +11,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.errors import InvalidSetting, MissingFile
 from datamodules._decode import IMAGES, Decoder
 from datamodules._remote import Spool
 from datamodules._tar import MAX_KEY, Entry, Span
@@ -45,7 +46,7 @@ class Images(ShardDataModule):
 
     def __init__(self, path: str | list[str], group: int = 200, **kwargs: Any) -> None:
         if group < 1:
-            raise ValueError(f"--data.group must be at least 1, got {group}")
+            raise InvalidSetting(f"--data.group must be at least 1, got {group}")
         super().__init__(shards=path, **kwargs)
         self.group = group
 
@@ -141,7 +142,7 @@ def find_images(specs: Sequence[str]) -> tuple[list[Picture], list[str]]:
                 if not images:
                     tars += [str(p.file) for p in inside if p.file.name.endswith(TARS)]
         if len(pictures) + len(tars) == before and not os.path.isfile(spec):
-            raise FileNotFoundError(
+            raise MissingFile(
                 f"no images at {spec!r} (seen from {os.getcwd()}): give a folder, a pattern in quotes, "
                 f"a file or a tar with --data.path; known endings: {', '.join(IMAGES)}"
             )

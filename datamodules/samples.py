@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import InvalidSetting
+
 VOID = 255
 """Label value of pixels that count neither as foreground nor as background."""
 
@@ -64,11 +66,11 @@ class DatasetInfo:
             object.__setattr__(self, "palette", colour_table(len(self.classes) + 1)[1:])
         for what in ("prompts", "palette"):
             if len(getattr(self, what)) != len(self.classes):
-                raise ValueError(
+                raise InvalidSetting(
                     f"{self.name}: {len(self.classes)} classes but {len(getattr(self, what))} {what}"
                 )
         if self.synonyms and len(self.synonyms) != len(self.classes) + bool(self.background_words):
-            raise ValueError(
+            raise InvalidSetting(
                 f"{self.name}: {len(self.classes)} classes but {len(self.synonyms)} synonyms"
             )
 

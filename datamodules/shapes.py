@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from common.errors import InvalidSetting
 from datamodules._convert import Members, Source, json_bytes, png_bytes, write_shards
 from datamodules.samples import DatasetInfo
 from datamodules.shards import ShardDataModule
@@ -535,9 +536,9 @@ def draw_scene(
     """
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < 1:
-        raise ValueError(f"expected a size of at least one pixel; got {height} x {width}")
+        raise InvalidSetting(f"expected a size of at least one pixel; got {height} x {width}")
     if not 0.0 <= difficulty <= 1.0:
-        raise ValueError(f"expected a difficulty in [0, 1]; got {difficulty}")
+        raise InvalidSetting(f"expected a difficulty in [0, 1]; got {difficulty}")
     content, vividness = _stages(difficulty)
     draws = Draws(seed, index, 0)
     items = _place(draws, content, vividness)
@@ -671,12 +672,14 @@ class Shapes(ShardDataModule):
                 clouds, which the tiny CLIP in this package has never seen.
         """
         if count < 1 or seed < 0 or size < 8:
-            raise ValueError(
+            raise InvalidSetting(
                 f"expected --count >= 1, --seed >= 0 and --size >= 8, got {count}, {seed}, {size}"
             )
         kinds = (*BACKGROUNDS, *UNSEEN_BACKGROUNDS)
         if background is not None and background not in kinds:
-            raise ValueError(f"--background must be one of {', '.join(kinds)}, got {background!r}")
+            raise InvalidSetting(
+                f"--background must be one of {', '.join(kinds)}, got {background!r}"
+            )
         split = f"seed {seed}, {size} px" + (f", {background}" if background else "")
         return Source(INFO, split, range(count), partial(_sample, seed, size, background))
 

@@ -18,6 +18,7 @@ from braceexpand import braceexpand
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from common.errors import InvalidSetting, MissingFile
 from datamodules._decode import MAX_PIXELS, Decoder, reason_of
 from datamodules._device_decode import decode_pending, load_decoder
 from datamodules._download import Archive
@@ -151,15 +152,17 @@ class ShardDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         if not 0 <= part < parts:
-            raise ValueError(
+            raise InvalidSetting(
                 f"--data.part counts from 0 to --data.parts - 1, got {part} of {parts}"
             )
         if batch_size < 1:
-            raise ValueError(f"--data.batch_size must be at least 1, got {batch_size}")
+            raise InvalidSetting(f"--data.batch_size must be at least 1, got {batch_size}")
         if not 0 <= max_error_rate <= 1:
-            raise ValueError(f"--data.max_error_rate is a share in [0, 1], got {max_error_rate}")
+            raise InvalidSetting(
+                f"--data.max_error_rate is a share in [0, 1], got {max_error_rate}"
+            )
         if resize == "short_side" and not isinstance(image_size, int | None):
-            raise ValueError("--data.resize short_side needs one number as --data.image_size")
+            raise InvalidSetting("--data.resize short_side needs one number as --data.image_size")
         self.info = worded(self.info, read_names(names), self.wordings, synonyms, background)
         self.shards = shards
         self.batch_size = batch_size
@@ -240,7 +243,7 @@ class ShardDataModule(LightningDataModule):
     def _described(self, folder: Path) -> dict[str, Any]:
         described = read_dataset_json(folder)
         if described.get("dataset", self.info.name) != self.info.name:
-            raise ValueError(
+            raise InvalidSetting(
                 f"{folder} holds shards of {described['dataset']!r}, "
                 f"not of {self.info.name!r}: choose the DataModule that fits with --data"
             )
@@ -361,7 +364,7 @@ def expand_shards(shards: str | list[str], *, allow_pipe: bool = False) -> list[
         return [s for spec in shards for s in expand_shards(spec, allow_pipe=allow_pipe)]
     if shards.startswith("pipe:"):
         if not allow_pipe:
-            raise ValueError(
+            raise InvalidSetting(
                 f"{shards!r} would run a shell command; if you trust it, set --data.allow_pipe true"
             )
         return [shards]
@@ -379,7 +382,7 @@ def expand_shards(shards: str | list[str], *, allow_pipe: bool = False) -> list[
         len(found) == 1 and not is_remote(found[0]) and not os.path.exists(found[0])
     )
     if missing_all:
-        raise FileNotFoundError(
+        raise MissingFile(
             f"no shards at {shards!r} (seen from {os.getcwd()}): give a folder of *.tar, a pattern or a "
             f"URL with --data.shards; `lightning shards --help` makes shards of a data set"
         )
@@ -400,7 +403,7 @@ def name_shards(urls: list[str]) -> list[tuple[str, str]]:
         names = [name(url, depth) for url in urls]
         if len(set(names)) == len(names):
             return list(zip(names, urls, strict=True))
-    raise ValueError(f"the same shard is listed twice: {sorted(urls)[:4]}")
+    raise InvalidSetting(f"the same shard is listed twice: {sorted(urls)[:4]}")
 
 
 def read_dataset_json(folder: Path) -> dict[str, Any]:
@@ -411,7 +414,7 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
     try:
         described = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(
+        raise InvalidSetting(
             f"{path} is not valid JSON ({error}): convert the data set again"
         ) from None
     return described if isinstance(described, dict) else {}

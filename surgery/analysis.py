@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.errors import InvalidSetting
 from surgery.backbone import Backbone
 from surgery.features import similarity_map
 from surgery.towers import (
@@ -48,7 +49,9 @@ class BlockView:
 def check_blocks(backbone: Backbone) -> None:
     """Raises ValueError for a backbone without the blocks that `walk_blocks` walks: a ResNet."""
     if hasattr(backbone.model.visual, "attnpool"):
-        raise ValueError(f"{backbone.name}: a ResNet has no attention and FFN modules to look into")
+        raise InvalidSetting(
+            f"{backbone.name}: a ResNet has no attention and FFN modules to look into"
+        )
 
 
 def walk_blocks(backbone: Backbone, images: Tensor) -> Iterator[BlockView]:

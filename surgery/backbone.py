@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from common.errors import InvalidSetting
 from surgery import sources
 from surgery.attention import RECIPES, Recipe
 from surgery.sources import CheckpointInfo
@@ -63,14 +64,14 @@ def load_backbone(
     """
     if isinstance(attention, str):
         if attention not in RECIPES:
-            raise ValueError(f"attention={attention!r}: expected one of {', '.join(RECIPES)}")
+            raise InvalidSetting(f"attention={attention!r}: expected one of {', '.join(RECIPES)}")
         attention = RECIPES[attention]
     if class_token not in ("clip", "released"):
-        raise ValueError(f"class_token={class_token!r}: expected 'clip' or 'released'")
+        raise InvalidSetting(f"class_token={class_token!r}: expected 'clip' or 'released'")
     if blocks < 0:
-        raise ValueError(f"blocks={blocks}: expected a number of blocks, 0 or more")
+        raise InvalidSetting(f"blocks={blocks}: expected a number of blocks, 0 or more")
     if static_batch is not None and static_batch < 1:
-        raise ValueError(f"static_batch={static_batch}: expected a number of images, 1 or more")
+        raise InvalidSetting(f"static_batch={static_batch}: expected a number of images, 1 or more")
     weights = None if pretrained is None else str(pretrained)
     with torch.inference_mode(False):  # whose tensors could never record a gradient
         source = sources.build(str(model), weights, quick_gelu)
@@ -204,7 +205,7 @@ class Backbone(nn.Module):
         """Features of every token of texts [T, L]: [T, L, C], not normalised."""
         self._check_ids(token_ids)
         if not self._croppable:
-            raise ValueError(f"{self.name}: its text tower has no feature for each token")
+            raise InvalidSetting(f"{self.name}: its text tower has no feature for each token")
         return self._project_text(self._text_states(token_ids))
 
     def encode_soft_tokens(self, weights: Tensor) -> Tensor:
@@ -214,7 +215,7 @@ class Backbone(nn.Module):
         one-hot rows are an ordinary text.
         """
         if not self._croppable:
-            raise ValueError(f"{self.name}: its text tower has no feature for each token")
+            raise InvalidSetting(f"{self.name}: its text tower has no feature for each token")
         table = self._text.token_embedding.weight
         if weights.ndim != 3 or weights.shape[2] != len(table):
             raise ValueError(f"weights: expected [T, L, {len(table)}], given {list(weights.shape)}")
@@ -223,7 +224,7 @@ class Backbone(nn.Module):
     def preprocess(self, images: Tensor) -> Tensor:
         """uint8 images [B, 3, H, W] to the normalised floats that `encode_image` takes."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(
+            raise InvalidSetting(
                 f"images: expected uint8 [B, 3, H, W], given {images.dtype} {list(images.shape)}"
             )
         mean, std = (
@@ -321,19 +322,19 @@ class Backbone(nn.Module):
 
     def _check_ids(self, token_ids: Tensor) -> None:
         if token_ids.ndim != 2 or token_ids.is_floating_point():
-            raise ValueError(
+            raise InvalidSetting(
                 f"token_ids: expected integers [T, L], given {token_ids.dtype} "
                 f"{list(token_ids.shape)}"
             )
         if not 0 < token_ids.shape[1] <= self.context_length:
-            raise ValueError(
+            raise InvalidSetting(
                 f"token_ids: expected 1 to {self.context_length} positions, "
                 f"given {token_ids.shape[1]}"
             )
         if not len(token_ids):
             raise ValueError("token_ids: expected one or more texts, given none")
         if not 0 <= int(token_ids.min()) <= int(token_ids.max()) < self.model.vocab_size:
-            raise ValueError(
+            raise InvalidSetting(
                 f"token_ids: expected ids from 0 to {self.model.vocab_size - 1}, given "
                 f"{int(token_ids.min())} to {int(token_ids.max())}; is the tokenizer the model's?"
             )
@@ -342,7 +343,7 @@ class Backbone(nn.Module):
         """Grid of an image size; ValueError where the patches do not divide it."""
         rows, columns = (side // patch for side, patch in zip(size, self.patch_size, strict=True))
         if (rows * self.patch_size[0], columns * self.patch_size[1]) != size or not rows * columns:
-            raise ValueError(
+            raise InvalidSetting(
                 f"image size {size}: expected (height, width) in multiples of the patch size "
                 f"{self.patch_size}"
             )

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.errors import InvalidSetting
+
 # What OpenAI's archives hold beside weights.
 _NOT_WEIGHTS = frozenset({"input_resolution", "context_length", "vocab_size", "attn_mask"})
 _CONVERT = (
@@ -24,7 +26,7 @@ _CONVERT = (
 )
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InvalidSetting):
     """A weights file that is missing, unreadable, unsafe, or of another model."""
 
 

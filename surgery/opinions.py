@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.errors import InvalidSetting
 from surgery.backbone import Backbone
 
 _TEMPERATURE = 1000.0  # of the softmax behind the hard choice: all tokens get their gradient
@@ -51,7 +52,7 @@ def views(image: Tensor, count: int, seed: int) -> Tensor:
     five, the image as it is; the edge is continued outwards.
     """
     if image.dtype != torch.uint8 or image.ndim != 3 or count < 1:
-        raise ValueError(
+        raise InvalidSetting(
             f"expected an image uint8 [3, H, W] and a count of 1 or more, given {image.dtype} "
             f"{list(image.shape)} and {count}"
         )
@@ -107,7 +108,7 @@ def ascend(
     sequences in memory at a time, each with some 10 x length x V numbers; the others follow.
     """
     if not 1 <= length <= backbone.context_length - 2:
-        raise ValueError(
+        raise InvalidSetting(
             f"length: expected 1 to {backbone.context_length - 2} tokens, given {length}"
         )
     with (

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.errors import InvalidSetting, UserError
 from surgery.checkpoints import CheckpointError, file_sha256, load_weights, read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ def _model_config(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
     near = difflib.get_close_matches(model, names, n=5, cutoff=0.5)
     kind = "no such config file" if model.endswith(".json") else "no such model"
     hint = f"near: {', '.join(near)}" if near else f"open_clip knows {len(names)} names"
-    raise ValueError(
+    raise InvalidSetting(
         f"{kind}: {model!r} ({hint}). Give an open_clip model name, or the path of an open_clip "
         "JSON config."
     )
@@ -159,14 +160,14 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not a JSON config ({error})") from error
+        raise InvalidSetting(f"{path}: not a JSON config ({error})") from error
     preprocess: dict[str, Any] = {}
     if isinstance(content, dict) and "model_cfg" in content:
         content, preprocess = content["model_cfg"], content.get("preprocess_cfg") or {}
     needed = ("embed_dim", "vision_cfg", "text_cfg")
     missing = [key for key in needed if not isinstance(content, dict) or key not in content]
     if missing:
-        raise ValueError(f"{path}: not an open_clip model config, missing {', '.join(missing)}")
+        raise InvalidSetting(f"{path}: not an open_clip model config, missing {', '.join(missing)}")
     return content, preprocess
 
 
@@ -182,11 +183,11 @@ def _construct(config: dict[str, Any]) -> nn.Module:
     )
     vision = config["vision_cfg"]
     if vision.get("timm_model_name"):
-        raise ValueError(f"timm image towers ({vision['timm_model_name']}): {supported}")
+        raise InvalidSetting(f"timm image towers ({vision['timm_model_name']}): {supported}")
     if "multimodal_cfg" in config or vision.get("attentional_pool"):
-        raise ValueError(f"image towers with an attention pooler (CoCa): {supported}")
+        raise InvalidSetting(f"image towers with an attention pooler (CoCa): {supported}")
     if vision.get("pool_type", "tok") != "tok":
-        raise ValueError(f"image towers that pool by {vision['pool_type']!r}: {supported}")
+        raise InvalidSetting(f"image towers that pool by {vision['pool_type']!r}: {supported}")
     if "hf_model_name" in config["text_cfg"]:
         config["text_cfg"]["hf_model_pretrained"] = False
     with torch.random.fork_rng(devices=[]):
@@ -194,7 +195,7 @@ def _construct(config: dict[str, Any]) -> nn.Module:
         network = (CustomTextCLIP if custom else CLIP)(**config)
     blocks = getattr(getattr(network.visual, "transformer", None), "resblocks", None)
     if blocks is not None and not isinstance(blocks[0].attn, nn.MultiheadAttention):
-        raise ValueError(f"image towers with custom attention blocks: {supported}")
+        raise InvalidSetting(f"image towers with custom attention blocks: {supported}")
     return network
 
 
@@ -204,11 +205,15 @@ def _from_hub(model: str, filename: str | None) -> str:
     return str(download_pretrained_from_hf(model.removeprefix(_HUB), filename=filename))
 
 
+class DownloadFailed(UserError, RuntimeError):
+    """Weights could not be downloaded."""
+
+
 def _download(what: str, fetch: Callable[[], Any]) -> str:
     try:
         return str(fetch())
     except Exception as error:  # open_clip and its hub client raise many kinds
-        raise RuntimeError(
+        raise DownloadFailed(
             f"downloading {what} failed ({type(error).__name__}: {error}). Without a connection, "
             "give the path of a weights file as `pretrained` (.safetensors, or .pt)."
         ) from error

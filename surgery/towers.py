@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.errors import InvalidSetting
 from surgery.attention import Recipe, attend, neighbour_bias
 
 
@@ -148,7 +149,7 @@ def resize_positions(
         factors = [(new + 0.1) / old for new, old in zip(grid, native, strict=True)]
         cells = F.interpolate(cells, scale_factor=factors, mode="bicubic", align_corners=False)
     else:
-        raise ValueError(f"unknown position embedding resize {mode!r}")
+        raise InvalidSetting(f"unknown position embedding resize {mode!r}")
     return torch.cat([positions[:1], cells.flatten(2)[0].T])
 
 

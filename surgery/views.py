@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.errors import InvalidSetting
 from surgery.backbone import Backbone
 from surgery.features import similarity
 
@@ -43,7 +44,7 @@ def cut_views(
         return [View(0, 0, *size)]
     step = stride or window
     if not 0 < step <= window:
-        raise ValueError(f"expected a stride of 1 to {window} pixels, given {step}")
+        raise InvalidSetting(f"expected a stride of 1 to {window} pixels, given {step}")
     (tops, height), (lefts, width) = (_starts(side, window, step) for side in size)
     return [View(top, left, height, width) for top in tops for left in lefts]
 

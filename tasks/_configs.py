@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import configs
+from common.errors import MissingFile, UserError
 from datamodules import DATASETS
 from tasks import TASKS
 
@@ -21,7 +22,7 @@ CLASSES = {
 _CLASS_OPTION = re.compile(r"--(model|data)(?:\.class_path|\.help)?")
 
 
-class UnknownName(LookupError):
+class UnknownName(UserError, LookupError):
     """No task or data set has that name; jsonargparse lets it through, unlike a ValueError."""
 
 
@@ -43,7 +44,7 @@ def find_config(name: str) -> str:
         if candidate in known:
             return str(FOLDER / candidate)
     near = difflib.get_close_matches(Path(name).name, known, n=4, cutoff=0.4)
-    raise FileNotFoundError(
+    raise MissingFile(
         f"no config {name!r}, neither as a file in {os.getcwd()} nor in the package. "
         f"Did you mean {', '.join(near or known[:8])}? `lightning list configs` lists all"
     )

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from webdataset import TarWriter
 
+from common.errors import UserError
 from datamodules.samples import DatasetInfo, SampleError
 from tasks._files import encode, encode_table
 
@@ -22,7 +23,7 @@ STATE = "__shard__"
 """Folder inside an output shard for what is about the shard; webdataset passes over such names."""
 
 
-class RunError(Exception):
+class RunError(UserError):
     """The run can't go on; the message says why and what to do."""
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.errors import InvalidSetting
+
 
 def need_transformers() -> None:
     """Check that the extra is installed.
@@ -17,7 +19,7 @@ def need_transformers() -> None:
         ValueError: says how to install it.
     """
     if find_spec("transformers") is None:
-        raise ValueError(
+        raise InvalidSetting(
             "--model.sam needs transformers: `pip install clip-surgery-lightning[sam]`. Without "
             "--model.sam, points and their accuracy are there all the same"
         )
@@ -42,11 +44,11 @@ class PointSegmenter(nn.Module):
         try:
             config = transformers.AutoConfig.from_pretrained(name)
         except (OSError, ValueError) as error:
-            raise ValueError(f"--model.sam {name}: {error}") from None
+            raise InvalidSetting(f"--model.sam {name}: {error}") from None
         # SAM 2 is published with the weights of its video model, of which the image model is a part.
         kinds = {"sam": "Sam", "sam2": "Sam2", "sam2_video": "Sam2"}
         if config.model_type not in kinds:
-            raise ValueError(
+            raise InvalidSetting(
                 f"--model.sam {name} is a {config.model_type!r}, expected one of {', '.join(kinds)}"
             )
         kind = kinds[config.model_type]
@@ -54,7 +56,7 @@ class PointSegmenter(nn.Module):
             self.model: Any = getattr(transformers, f"{kind}Model").from_pretrained(name)
             self.processor: Any = getattr(transformers, f"{kind}Processor").from_pretrained(name)
         except OSError as error:
-            raise ValueError(f"--model.sam {name}: {error}") from None
+            raise InvalidSetting(f"--model.sam {name}: {error}") from None
         self.requires_grad_(False)
         self.eval()
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from common.errors import InvalidSetting
+
 TENSORS = ("text_features", "features")
 
 
@@ -30,26 +32,26 @@ def read_text_features(path: str, words: Sequence[str], aliases: Mapping[str, st
         ValueError: no such file, not of this format, or its shape or names don't fit.
     """
     if not words:
-        raise ValueError(
+        raise InvalidSetting(
             "--model.text_features: the data set has no classes that they could stand for"
         )
     features, names = _read(Path(path))
     if not features.isfinite().all() or not features.norm(dim=1).all():
-        raise ValueError(f"{path}: a text feature is zero or not finite")
+        raise InvalidSetting(f"{path}: a text feature is zero or not finite")
     if names is not None:
         if len(names) != len(features):
-            raise ValueError(f"{path} has {len(names)} names for {len(features)} text features")
+            raise InvalidSetting(f"{path} has {len(names)} names for {len(features)} text features")
         rows = {_plain(name): i for i, name in enumerate(names)}
         places = [rows.get(_plain(w), rows.get(_plain(aliases.get(w, w)))) for w in words]
         missing = [w for w, place in zip(words, places, strict=True) if place is None]
         if missing:
-            raise ValueError(
+            raise InvalidSetting(
                 f"{path} has no feature named {', '.join(map(repr, missing[:8]))} "
                 f"({len(missing)} of {len(words)} missing); it has {', '.join(names[:8])}, ..."
             )
         features = features[[place for place in places if place is not None]]
     if len(features) != len(words):
-        raise ValueError(
+        raise InvalidSetting(
             f"{path} has {len(features)} text features, expected {len(words)}, one each for "
             f"{', '.join(words[:4])}, ...; or give them names (metadata `names`, a JSON list)"
         )
@@ -62,7 +64,9 @@ def _read(path: Path) -> tuple[Tensor, list[str] | None]:
             keys = list(file.keys())
             key = next((k for k in TENSORS if k in keys), keys[0] if len(keys) == 1 else None)
             if key is None:
-                raise ValueError(f"{path} has tensors {keys[:8]}: call the one [T, C] {TENSORS[0]}")
+                raise InvalidSetting(
+                    f"{path} has tensors {keys[:8]}: call the one [T, C] {TENSORS[0]}"
+                )
             features = file.get_tensor(key)
             listed = (file.metadata() or {}).get("names")
         companion = path.with_suffix(".json")
@@ -70,15 +74,15 @@ def _read(path: Path) -> tuple[Tensor, list[str] | None]:
             listed = companion.read_text()
         names = None if listed is None else json.loads(listed)
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"--model.text_features {path}: {error}") from None
+        raise InvalidSetting(f"--model.text_features {path}: {error}") from None
     if features.ndim != 2 or not features.is_floating_point():
-        raise ValueError(
+        raise InvalidSetting(
             f"{path}: expected text features [T, C], given {features.dtype} {list(features.shape)}"
         )
     if names is not None and not (
         isinstance(names, list) and all(isinstance(name, str) for name in names)
     ):
-        raise ValueError(f"{path}: its names are not a JSON list of texts")
+        raise InvalidSetting(f"{path}: its names are not a JSON list of texts")
     return features, names
 
 

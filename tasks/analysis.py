@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from common.errors import InvalidSetting
 from datamodules.samples import Batch, DatasetInfo
 from surgery import feature_surgery, similarity
 from surgery.analysis import (
@@ -64,7 +65,9 @@ class Analysis(Task):
     ) -> None:
         super().__init__(backbone, text_features)
         if not (selection or affinity or redundancy):
-            raise ValueError("no analysis is left: set selection, affinity or redundancy to true")
+            raise InvalidSetting(
+                "no analysis is left: set selection, affinity or redundancy to true"
+            )
         self.selection = selection
         self.affinity = affinity
         self.redundancy = redundancy

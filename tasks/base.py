@@ -16,6 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 import datamodules
+from common.errors import InvalidSetting
 from datamodules import DATASETS
 from datamodules.samples import VOID, DatasetInfo
 from datamodules.shards import ShardDataModule
@@ -162,7 +163,7 @@ class Task(LightningModule):
             ValueError: says what is missing, and what fits; or that compiling doesn't.
         """
         if self.config.compile and not self.sees_one_size(datamodule):
-            raise ValueError(
+            raise InvalidSetting(
                 "--model.backbone.compile is for images of one size: leave --data.resize at squash, or "
                 "give Segmentation a --model.window"
             )
@@ -171,7 +172,7 @@ class Task(LightningModule):
         if lacking:
             task, data = type(self).__name__, type(datamodule).__name__
             hint = datamodule.lacking(lacking[0])
-            raise ValueError(
+            raise InvalidSetting(
                 f"{task} needs {' and '.join(lacking)}, which {data} doesn't have"
                 f"{hint and f' ({hint})'}. Tasks that fit {data}: {', '.join(fitting_tasks(has))}. "
                 f"Data sets that fit {task}: {', '.join(fitting_datasets(self.needs))}"
@@ -196,7 +197,7 @@ class Task(LightningModule):
         if words and not self.text_features:
             self.text = encode_prompts(self.backbone, self.backbone.tokenizer, words)
         if self.text is not None and self.text.shape[1] != self.backbone.embed_dim:
-            raise ValueError(
+            raise InvalidSetting(
                 f"{self.text_features} has features of {self.text.shape[1]} channels, but "
                 f"{self.config.model} has {self.backbone.embed_dim}: they are of another backbone"
             )

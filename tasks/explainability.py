@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
+from common.errors import InvalidSetting
 from datamodules.samples import Batch, DatasetInfo
 from surgery import feature_surgery, similarity, similarity_map
 from surgery.metrics import MeanScoreContrast, ThresholdIoU
@@ -64,7 +65,7 @@ class Explainability(Task):
         super().__init__(backbone, text_features)
         self.register_buffer("redundant", None, persistent=False)
         if not 0 <= threshold <= 1:
-            raise ValueError(f"--model.threshold is a map value in [0, 1], got {threshold}")
+            raise InvalidSetting(f"--model.threshold is a map value in [0, 1], got {threshold}")
         self.feature_surgery: Any = feature_surgery
         self.tau = tau
         self.order = order

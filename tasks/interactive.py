@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from common.errors import InvalidSetting
 from datamodules.samples import Batch, DatasetInfo
 from datamodules.shards import ShardDataModule
 from surgery import ImageTokens, encode_prompts, feature_surgery
@@ -57,9 +58,9 @@ class Interactive(Task):
     ) -> None:
         super().__init__(backbone, text_features)
         if not 0 <= threshold <= 1:
-            raise ValueError(f"--model.threshold is a map value in [0, 1], got {threshold}")
+            raise InvalidSetting(f"--model.threshold is a map value in [0, 1], got {threshold}")
         if down_sample < 1:
-            raise ValueError(f"--model.down_sample must be at least 1, got {down_sample}")
+            raise InvalidSetting(f"--model.down_sample must be at least 1, got {down_sample}")
         self.sam = sam
         self.threshold = threshold
         self.down_sample = down_sample

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from common.errors import InvalidSetting
 from datamodules.samples import VOID, Batch, DatasetInfo
 from surgery import encode_prompts, feature_surgery, similarity_map
 from surgery.metrics import ClassMean, WordCounts
@@ -66,7 +67,7 @@ class Opinions(Task):
         }
         for name, value in positive.items():
             if value <= 0:
-                raise ValueError(f"--model.{name} must be above 0, got {value}")
+                raise InvalidSetting(f"--model.{name} must be above 0, got {value}")
         self.steps = steps
         self.sequences = sequences
         self.length = length

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from common.errors import InvalidSetting
 from datamodules.samples import Batch, DatasetInfo
 from datamodules.shards import ShardDataModule
 from surgery import feature_surgery, similarity
@@ -71,7 +72,7 @@ class Recognition(Task):
         """Refuse a single class: it has nothing in common with others."""
         super().check_data(datamodule)
         if len(datamodule.info.classes) < 2:
-            raise ValueError("Recognition compares classes: it needs a data set of two or more")
+            raise InvalidSetting("Recognition compares classes: it needs a data set of two or more")
 
     def configure_metrics(self, info: DatasetInfo) -> dict[str, Metric]:
         """One mAP for each way of scoring."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
+from common.errors import InvalidSetting
 from datamodules.samples import VOID, Batch, DatasetInfo
 from datamodules.shards import ShardDataModule
 from surgery.metrics import Confusion
@@ -63,11 +64,11 @@ class Segmentation(Task):
     ) -> None:
         super().__init__(backbone, text_features)
         if prob_thd is not None and not 0 <= prob_thd <= 1:
-            raise ValueError(f"--model.prob_thd is a probability in [0, 1], got {prob_thd}")
+            raise InvalidSetting(f"--model.prob_thd is a probability in [0, 1], got {prob_thd}")
         if tile is not None and window is not None:
-            raise ValueError("give --model.tile (no overlap) or --model.window, not both")
+            raise InvalidSetting("give --model.tile (no overlap) or --model.window, not both")
         if stride is not None and (window is None or not 0 < stride <= window):
-            raise ValueError(
+            raise InvalidSetting(
                 f"--model.stride needs a --model.window that is not smaller, got {stride}, {window}"
             )
         self.background = background
@@ -82,7 +83,7 @@ class Segmentation(Task):
         """Refuse a background where no label value is left for it."""
         super().check_data(datamodule)
         if self.has_background(datamodule.info) and not datamodule.info.background:
-            raise ValueError(
+            raise InvalidSetting(
                 f"{datamodule.info.name} has no background: its label value 0 is "
                 f"{datamodule.info.classes[0]!r}; leave out --model.background and --model.prob_thd"
             )

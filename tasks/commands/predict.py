@@ -20,10 +20,11 @@ from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnv
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ParallelStrategy
 
+from common.errors import UserError
 from datamodules import DATASETS, ShardDataModule
 from tasks import TASKS
-from tasks._configs import UnknownName, with_class_paths, with_paths
-from tasks._output import RunError, Stopped
+from tasks._configs import with_class_paths, with_paths
+from tasks._output import Stopped
 from tasks._progress import ImageProgress, print_report
 from tasks.base import Task
 from tasks.writer import ResultWriter
@@ -88,7 +89,7 @@ def import_all() -> None:
 def explain(error: Exception) -> str | None:
     """What a user should know of an error, and do; None for one that is our own fault."""
     again = "Finished shards are kept: run the same command again to go on"
-    if isinstance(error, RunError | UnknownName | FileNotFoundError | ValueError):
+    if isinstance(error, UserError | FileNotFoundError):
         return f"{error}"
     if isinstance(error, ConnectionError | EOFError):
         # Where a loader worker is killed while it hands over a batch.

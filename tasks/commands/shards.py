@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datamodules
+from common.errors import UserError
 from datamodules import DATASETS, READ_AS_THEY_ARE
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ def main(argv: list[str]) -> int:
 
 def convert(name: str, argv: list[str]) -> int:
     """Run ``lightning shards NAME``; returns the exit code."""
-    from datamodules._convert import SourceError, write_shards
-    from datamodules._download import DownloadError, download
+    from datamodules._convert import write_shards
+    from datamodules._download import download
 
     datamodule = getattr(datamodules, DATASETS[name])
     args = dataset_parser(name).parse_args(argv).as_dict()
@@ -58,7 +59,7 @@ def convert(name: str, argv: list[str]) -> int:
             if isinstance(value, str):
                 print(f"{what}: {value}", file=sys.stderr)
         described = write_shards(source, output, shard_size=shard_size, workers=workers)
-    except (SourceError, DownloadError, ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"lightning shards {name}: {error}{advice(datamodule, error)}", file=sys.stderr)
         return 1
     bad = described["bad"]
@@ -126,7 +127,7 @@ def check(argv: list[str]) -> int:
 
     try:
         found = verify(args.folder, workers=args.workers)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"lightning shards verify: {error}", file=sys.stderr)
         return 1
     for problem in found.problems:

@@ -1,0 +1,1 @@
+"""What all three wings stand on, and which imports none of them: errors for users, files."""
