@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from datamodules._tar import BadSample, Entry, Span, read_member
+from datamodules._tar import BadSample, Entry, Span, read_member, said_by
 from datamodules.samples import VOID, DatasetInfo, Encoded, Sample
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "avif")
@@ -164,7 +164,7 @@ class Decoder:
 
 def reason_of(error: Exception) -> str:
     """What is listed of an error that a stranger's bytes made."""
-    return str(error) if isinstance(error, BadSample) else f"{type(error).__name__}: {error}"[:500]
+    return str(error) if isinstance(error, BadSample) else said_by(error)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from common.errors import MissingFile
 from datamodules._convert import sha256_of
-from datamodules._decode import MAX_PIXELS, Decoder
-from datamodules._tar import BadSample, ShardError, index_shard
+from datamodules._decode import MAX_PIXELS, Decoder, reason_of
+from datamodules._tar import ShardError, index_shard
 from datamodules.samples import VOID, DatasetInfo, SampleError
 from datamodules.shards import read_dataset_json
 
@@ -97,8 +97,6 @@ def verify_shard(
     for entry in entries:
         try:
             decoder(entry)
-        except BadSample as error:
-            problems.append(SampleError(path.name, entry.key, str(error)))
         except Exception as error:  # whatever broken bytes do to a decoder
-            problems.append(SampleError(path.name, entry.key, f"{type(error).__name__}: {error}"))
+            problems.append(SampleError(path.name, entry.key, reason_of(error)))
     return len(entries), problems
