@@ -78,7 +78,7 @@ def similarity_map(
 
     order "code" (as released): each map is scaled to [0, 1] by its smallest and largest cell, and
     then enlarged; "paper" (Equation 1): enlarged first. Enlarging is bilinear without corner
-    alignment. A constant map gives zeros.
+    alignment. A constant map gives zeros; no texts, T = 0, no maps.
     """
     if similarity.ndim != 3 or similarity.shape[1] != grid[0] * grid[1]:
         raise ValueError(
@@ -89,6 +89,8 @@ def similarity_map(
         raise ValueError(f"order={order!r}: expected 'code' or 'paper'")
     # Scaling first does not change what scaling last gives, but keeps constant maps constant.
     maps = _min_max(widen(similarity).transpose(1, 2).unflatten(-1, grid))
+    if not maps.numel():  # torch enlarges nothing but what is there
+        return maps.new_zeros(*maps.shape[:2], *size)
     if len(maps) == 1:  # else torch enlarges into one layout and copies that into another
         maps = maps.contiguous()
     maps = F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)

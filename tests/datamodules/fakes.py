@@ -1,10 +1,13 @@
 """Miniature data sets in their official layouts, made of noise.
 
-Each function writes two or three samples below a folder and returns what must come out of the
-pipeline: key -> label map [H,W], or {class index: mask [H,W]}, or a tuple of class indices.
+Each function writes a few samples below a folder and returns what must come out of the pipeline:
+key -> label map [H,W], or {class index: mask [H,W]}, or a tuple of class indices. The last sample of
+each shows none of the classes: only background, or only void.
 """
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +16,13 @@ from PIL import Image
 from datamodules import coco, coco_stuff, nus_wide, pascal_context, voc
 from datamodules.imagenet_s import CLASSES_50
 
-SIZES = [(30, 44), (50, 24), (32, 32)]  # (height, width)
-rng = np.random.default_rng(0)
+SIZES = [(30, 44), (50, 24), (32, 32), (28, 40)]  # (height, width)
+BARE = len(SIZES) - 1  # the sample without any class
 
 
 def picture(path: Path, size: tuple[int, int]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(list(path.name.encode()))
     Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
 
 
@@ -27,18 +31,21 @@ def label_png(path: Path, label: np.ndarray) -> None:
     Image.fromarray(label).save(path)
 
 
-def draw(values, size):
-    """A label map of blocks, each of one of ``values``."""
-    small = rng.choice(np.array(values), (5, 4))
-    rows, columns = (np.arange(n) * m // n for n, m in zip(size, small.shape, strict=True))
-    return small[rows][:, columns]
+def draw_sample(i, classes, others):
+    """The label map of sample ``i``: blocks of classes and of ``others``; of the last, others alone."""
+    rng = np.random.default_rng(i)
+    values = np.array(others if i == BARE else [*classes, *others])
+    blocks = np.array([*others[:4], *rng.choice(values, 20 - len(others[:4]))])
+    blocks = rng.permutation(blocks).reshape(5, 4)
+    rows, columns = (np.arange(n) * m // n for n, m in zip(SIZES[i], (5, 4), strict=True))
+    return blocks[rows][:, columns]
 
 
 def fake_voc(root: Path):
     folder, truth = root / "VOCdevkit" / "VOC2012", {}
     for i, size in enumerate(SIZES):
         key = f"2007_00{i}"
-        truth[key] = draw([*range(len(voc.CLASSES) + 1), 255], size).astype(np.uint8)
+        truth[key] = draw_sample(i, range(1, len(voc.CLASSES) + 1), [0, 255]).astype(np.uint8)
         picture(folder / "JPEGImages" / f"{key}.jpg", size)
         label_png(folder / "SegmentationClass" / f"{key}.png", truth[key])
     write_list(folder / "ImageSets" / "Segmentation" / "val.txt", truth)
@@ -49,7 +56,7 @@ def fake_pascal_context(root: Path):
     folder, truth = root / "VOC2010", {}
     for i, size in enumerate(SIZES):
         key = f"2008_00{i}"
-        truth[key] = draw(range(60), size).astype(np.uint8)
+        truth[key] = draw_sample(i, range(1, 60), [0]).astype(np.uint8)
         picture(folder / "JPEGImages" / f"{key}.jpg", size)
         label_png(folder / "SegmentationClassContext" / f"{key}.png", truth[key])
     write_list(folder / "ImageSets" / "SegmentationContext" / "val.txt", truth)
@@ -66,7 +73,7 @@ def fake_pascal_context_mat(root: Path):
     truth = {}
     for i, size in enumerate(SIZES):
         key = f"2008_00{i}"
-        index = draw(range(60), size)
+        index = draw_sample(i, range(1, 60), [0])
         released = np.where(index == 0, 400, 2 * index + 1).astype(np.uint16)
         truth[key] = index.astype(np.uint8)
         picture(root / "JPEGImages" / f"{key}.jpg", size)
@@ -132,7 +139,7 @@ def fake_coco_stuff(root: Path):
     truth = {}
     for i, size in enumerate(SIZES):
         key = f"{i:012d}"
-        index = draw([*range(171), 171], size)
+        index = draw_sample(i, range(171), [171])
         pixels = np.array([*coco_stuff.PIXELS, 255])[index].astype(np.uint8)
         truth[key] = np.where(index == 171, 255, index).astype(np.uint8)
         picture(root / "images" / "val2017" / f"{key}.jpg", size)
@@ -144,7 +151,7 @@ def fake_coco_stuff_converted(root: Path):
     truth = {}
     for i, size in enumerate(SIZES):
         key = f"{i:012d}"
-        truth[key] = draw([*range(171), 255], size).astype(np.uint8)
+        truth[key] = draw_sample(i, range(171), [255]).astype(np.uint8)
         picture(root / "val2017" / f"{key}.jpg", size)
         folder = root / "stuffthingmaps_trainval2017" / "val2017"
         label_png(folder / f"{key}_labelTrainIds.png", truth[key])
@@ -162,7 +169,7 @@ def fake_cityscapes(root: Path):
     truth = {}
     for i, size in enumerate(SIZES):
         key, city = f"ulm_00000{i}_000019", "ulm" if i else "aachen"
-        label = draw(range(34), size)
+        label = draw_sample(i, ids, sorted({*range(34)} - {*ids}))
         truth[key] = np.vectorize(lambda v: train.get(int(v), 255))(label).astype(np.uint8)
         picture(root / "leftImg8bit" / "val" / city / f"{key}_leftImg8bit.png", size)
         folder = root / "gtFine" / "val" / city
@@ -177,7 +184,7 @@ def fake_ade20k(root: Path):
     folder, truth = root / "ADEChallengeData2016", {}
     for i, size in enumerate(SIZES):
         key = f"ADE_val_0000000{i}"
-        truth[key] = draw(range(151), size).astype(np.uint8)
+        truth[key] = draw_sample(i, range(1, 151), [0]).astype(np.uint8)
         picture(folder / "images" / "validation" / f"{key}.jpg", size)
         label_png(folder / "annotations" / "validation" / f"{key}.png", truth[key])
     return truth
@@ -186,8 +193,9 @@ def fake_ade20k(root: Path):
 def fake_imagenet_s(root: Path, synsets=tuple(CLASSES_50), void=255):
     truth = {}
     for i, size in enumerate(SIZES):
-        key, synset = f"ILSVRC2012_val_0000000{i}", synsets[i * 20]
-        label = draw([0, i * 20 + 1, len(synsets), 1000], size).astype(np.uint16)
+        key, number = f"ILSVRC2012_val_0000000{i}", i * 15
+        synset = synsets[number]
+        label = draw_sample(i, [number + 1, len(synsets)], [0, 1000]).astype(np.uint16)
         rgb = np.stack([label % 256, label // 256, np.zeros_like(label)], -1).astype(np.uint8)
         truth[key] = np.where(label == 1000, void, label)
         picture(root / "validation" / synset / f"{key}.JPEG", size)
@@ -202,8 +210,9 @@ def fake_imagenet_s300(root: Path):
 
 
 def fake_nus_wide(root: Path):
-    """The official lists; the last image is gone."""
-    truth = {"boats-0001_1": (5, 75), "cat-0001_2": (11,), "cat-0003_3": ()}
+    """The official lists; one image is gone."""
+    gone = "cat-0003_3"
+    truth = {"boats-0001_1": (5, 75), "cat-0001_2": (11,), gone: (), "cat-0004_4": ()}
     names = [key.replace("-", "\\") + ".jpg" for key in truth]
     (root / "ImageList").mkdir(parents=True)
     (root / "ImageList" / "TestImagelist.txt").write_text("".join(f"{n}\r\n" for n in names))
@@ -212,9 +221,9 @@ def fake_nus_wide(root: Path):
     for index, concept in enumerate(nus_wide.CLASSES):
         column = "".join(f"{int(index in positives)}\n" for positives in truth.values())
         (labels / f"Labels_{concept}_Test.txt").write_text(column)
-    for key in list(truth)[:2]:
+    del truth[gone]
+    for key in truth:
         picture(root / "Flickr" / f"{key.replace('-', '/')}.jpg", SIZES[0])
-    del truth["cat-0003_3"]
     return truth
 
 
@@ -228,6 +237,25 @@ def fake_nus_wide_csv(root: Path):
         "images/3.jpg,['cat'],train\n"
     )
     return {"images-1": (5, 13), "images-2": ()}
+
+
+def fake_gcc3m(folder: Path) -> dict[str, str | None]:
+    """A tar of img2dataset's; returns the captions: one is empty, one is missing."""
+    captions = {"000000": "a cat on a bed", "000001": "", "000002": None, "000003": "two dogs"}
+    folder.mkdir(parents=True)
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for (key, text), size in zip(captions.items(), SIZES, strict=True):
+            picture(folder / "picture.jpg", size)
+            members = {"jpg": (folder / "picture.jpg").read_bytes()}
+            if text is not None:
+                members["txt"] = text.encode()
+            members["json"] = json.dumps({"key": key, "caption": text}).encode()
+            for ending, data in members.items():
+                member = tarfile.TarInfo(f"{key}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    (folder / "picture.jpg").unlink()
+    return captions
 
 
 def write_list(path: Path, ids) -> None:

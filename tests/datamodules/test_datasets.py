@@ -105,7 +105,7 @@ def test_missing_photographs_are_counted_and_listed(tmp_path, capsys):
     fake_nus_wide(tmp_path / "source")
     convert("nus_wide", tmp_path / "source", tmp_path / "shards")
     described = json.loads((tmp_path / "shards" / "dataset.json").read_text())
-    assert described["samples"] == 2
+    assert described["samples"] == 3
     assert [key for key, _ in described["bad"]] == ["cat-0003_3"]
     assert "1 left out" in capsys.readouterr().out
 
