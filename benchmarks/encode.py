@@ -39,6 +39,7 @@ from _timing import Timing, format_table, side_by_side, write_json
 from torch import Tensor
 
 import surgery
+from surgery.batches import Batches
 from surgery.towers import resize_positions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -161,7 +162,7 @@ def enter(
     }
     if args.compile:
         compiled = backbone.with_attention(args.recipe)
-        compiled.static_batch = setting.batch
+        compiled.batches = Batches(setting.batch, fixed=True)
         contestants[COMPILED] = partial(encode_ours, compiled.encode_image, images, setting)
     low = setting.precision != "fp32"
     for kind in (setting.precision, f"pure_{setting.precision}") if low else ("fp32",):

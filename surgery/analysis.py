@@ -4,7 +4,7 @@ Nothing here changes the network: the blocks of a stock ViT are walked one after
 each shows its attention and the projected outputs of its two modules.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +14,8 @@ from torch import Tensor
 from common.errors import InvalidSetting
 from surgery.backbone import Backbone
 from surgery.features import similarity_map
-from surgery.towers import (
-    _embed_patches,
-    _heads,
-    _merge_heads,
-    _project,
-    widen,
-)
+from surgery.precision import widen
+from surgery.towers import Step, Tower, Visitor
 
 ATTENTIONS = ("raw", "consistent")
 """Self-attention as CLIP has it, softmax(q k^T), and that of the paper, softmax(v v^T)."""
@@ -47,36 +42,55 @@ class BlockView:
 
 
 def check_blocks(backbone: Backbone) -> None:
-    """Raises ValueError for a backbone without the blocks that `walk_blocks` walks: a ResNet."""
-    if hasattr(backbone.model.visual, "attnpool"):
+    """Refuse a backbone without the modules that `walk_blocks` shows: a ResNet.
+
+    Raises:
+        InvalidSetting: it is one.
+    """
+    if not backbone.tower.has_modules:
         raise InvalidSetting(
             f"{backbone.name}: a ResNet has no attention and FFN modules to look into"
         )
 
 
-def walk_blocks(backbone: Backbone, images: Tensor) -> Iterator[BlockView]:
-    """The blocks of a ViT from first to last, on images [B, 3, H, W] as `encode_image` takes them.
+def walk_blocks(backbone: Backbone, images: Tensor, see: Callable[[BlockView], None]) -> None:
+    """Show the blocks of a ViT from first to last. The recipe of the backbone plays no part.
 
-    One block's attention is in memory at a time. The recipe of the backbone plays no part.
+    Args:
+        backbone: whose tower has such blocks.
+        images: [B, 3, H, W] as `encode_image` takes them.
+        see: called with each block; what it does not keep is in memory for that long only.
 
-    Raises ValueError for ResNets, which have no such blocks.
+    Raises:
+        InvalidSetting: a ResNet, which has no such blocks.
     """
     check_blocks(backbone)
-    visual = backbone.model.visual
-    grid = (images.shape[2] // backbone.patch_size[0], images.shape[3] // backbone.patch_size[1])
-    x, grid = _embed_patches(visual, images, backbone._positions_for(grid))
-    for block in visual.transformer.resblocks:
-        q, k, v = _heads(block.attn, block.ln_1(x))
-        seen = _merge_heads(F.scaled_dot_product_attention(q, k, v))
-        attended = block.ls_1(block.attn.out_proj(seen))
-        x = x + attended
-        fed = block.ls_2(block.mlp(block.ln_2(x)))
-        x = x + fed
-        yield BlockView(
-            {"raw": _mean_attention(q, k), "consistent": _mean_attention(v, v)},
-            {"attention": _project(visual, attended), "ffn": _project(visual, fed)},
-            grid,
-        )
+    grid = backbone.tower.grid((images.shape[2], images.shape[3]))
+    backbone.walk(images, _Look(backbone.tower, grid, see))
+
+
+class _Look(Visitor):
+    """Makes a `BlockView` of every block."""
+
+    apart = True
+
+    def __init__(
+        self, tower: Tower, grid: tuple[int, int], see: Callable[[BlockView], None]
+    ) -> None:
+        self.tower, self.grid, self.see = tower, grid, see
+
+    def leave(self, step: Step) -> None:
+        assert step.attended is not None  # both are there, since they are wanted apart
+        assert step.fed is not None
+        weights = {
+            "raw": _mean_attention(step.q, step.k),
+            "consistent": _mean_attention(step.v, step.v),
+        }
+        outputs = {
+            "attention": self.tower.project(step.attended),
+            "ffn": self.tower.project(step.fed),
+        }
+        self.see(BlockView(weights, outputs, self.grid))
 
 
 def cells(masks: Tensor, grid: tuple[int, int]) -> Tensor:

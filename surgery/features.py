@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surgery.towers import widen
+from surgery.precision import widen
 
 
 def similarity(patch_tokens: Tensor, text: Tensor) -> Tensor:

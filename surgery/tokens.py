@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surgery.towers import widen
+from surgery.precision import widen
 
 START, END = "[start]", "[end]"
 _LONGEST = 50  # characters of a token

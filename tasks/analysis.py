@@ -16,6 +16,7 @@ from surgery.analysis import (
     MODULES,
     RATIOS,
     TOKENS,
+    BlockView,
     affinity,
     cells,
     check_blocks,
@@ -139,7 +140,8 @@ class Analysis(Task):
         text = self.text[list(positives)]
         selected: list[Tensor] = []
         affine: list[Tensor] = []
-        for block in walk_blocks(self.backbone, pixels):
+
+        def see(block: BlockView) -> None:
             if self.selection and label is not None:
                 inside, counted = self._cells(label, positives, block.grid)
                 ratios = [
@@ -150,6 +152,8 @@ class Analysis(Task):
             if self.affinity:
                 angles = [affinity(block.outputs[module][0], text) for module in MODULES]
                 affine.append(torch.stack(angles, dim=1))
+
+        walk_blocks(self.backbone, pixels, see)
         lists = {"selection": selected, "affinity": affine}
         return {name: torch.stack(rows, dim=1) for name, rows in lists.items() if rows}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -24,8 +23,6 @@ from surgery import Backbone, ImageTokens, encode_prompts, load_backbone
 from tasks import TASKS
 from tasks._tables import Table
 from tasks._texts import read_text_features
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -211,10 +208,10 @@ class Task(LightningModule):
         """
         backbone = self.backbone.with_attention(attention) if attention else self.backbone
         if isinstance(images, list):
-            return [encode(backbone, image[None]) for image in images]
+            return [backbone.encode_image(backbone.preprocess(image[None])) for image in images]
         if not len(images):
             return []
-        tokens = encode(backbone, images)
+        tokens = backbone.encode_image(backbone.preprocess(images))
         return [
             ImageTokens(tokens.class_token[i : i + 1], tokens.patch_tokens[i : i + 1], tokens.grid)
             for i in range(len(images))
@@ -243,26 +240,6 @@ class Task(LightningModule):
                     states[f"{name}.{key}"] = merged.cpu().clone()
             metric.reset()
         return states
-
-
-def encode(backbone: Backbone, images: Tensor) -> ImageTokens:
-    """Tokens of uint8 images [B,3,H,W]; in halves, where they don't fit the GPU's memory at once."""
-    at_once = backbone.static_batch or len(images)
-    try:
-        return backbone.encode_image(backbone.preprocess(images))
-    except torch.OutOfMemoryError:
-        if at_once == 1:
-            raise
-    log.warning("out of memory with %d images at once: encoding them in halves", at_once)
-    if backbone.static_batch:
-        backbone.static_batch = at_once // 2
-        return encode(backbone, images)
-    halves = [encode(backbone, half) for half in images.tensor_split(2)]
-    return ImageTokens(
-        torch.cat([h.class_token for h in halves]),
-        torch.cat([h.patch_tokens for h in halves]),
-        halves[0].grid,
-    )
 
 
 def offers(info: DatasetInfo) -> frozenset[str]:

@@ -5,7 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from surgery.analysis import affinity, cells, foreground_selection, map_likeness, walk_blocks
+from surgery.analysis import (
+    BlockView,
+    affinity,
+    cells,
+    foreground_selection,
+    map_likeness,
+    walk_blocks,
+)
 from surgery.metrics import ClassMean
 
 
@@ -85,7 +92,8 @@ def test_blocks_are_those_of_plain_clip(network):
     visual(images)
     for hook in hooks:
         hook.remove()
-    views = list(walk_blocks(backbone, images))
+    views: list[BlockView] = []
+    walk_blocks(backbone, images, views.append)
     assert len(views) == len(visual.transformer.resblocks) == 12
     for i, view in enumerate(views):
         assert view.grid == (6, 6)
@@ -105,7 +113,7 @@ def test_blocks_are_those_of_plain_clip(network):
 
 def test_a_resnet_is_refused(network):
     with pytest.raises(ValueError, match="ResNet"):
-        next(walk_blocks(network("rn"), torch.zeros(1, 3, 96, 96)))
+        walk_blocks(network("rn"), torch.zeros(1, 3, 96, 96), print)
 
 
 def test_class_means_merge_and_leave_gaps_out():

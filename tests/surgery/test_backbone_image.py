@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from surgery import RECIPES, ImageTokens, Recipe, feature_surgery, load_backbone
+from surgery.towers import Visitor
 
 KINDS = ("vit", "rn")
 # As measured between 32 and 64 bits for the stored numbers, see the reference's own notes.
@@ -196,6 +197,78 @@ def test_autocast_follows_the_weights(reference, network):
         assert not torch.equal(backbone.encode_image(images).patch_tokens, first)
 
 
+def reference_modules(visual, images):
+    """What each block of open_clip's own forward gives out, and its attention weights."""
+    outputs, weights, hooks = [], [], []
+    for block in visual.transformer.resblocks:
+
+        def weigh(module, arguments, keywords, output):
+            x = keywords.get("query", arguments[0] if arguments else None)
+            own = torch.nn.MultiheadAttention.forward
+            weights.append(own(module, x, x, x, average_attn_weights=False)[1])
+
+        hooks.append(block.attn.register_forward_hook(weigh, with_kwargs=True))
+        hooks.append(block.register_forward_hook(lambda m, a, output: outputs.append(output)))
+    visual(images)
+    for hook in hooks:
+        hook.remove()
+    return outputs, weights
+
+
+class Keep(Visitor):
+    """What a gradient method keeps: each block's attention weights, and what leaves it."""
+
+    def __init__(self):
+        self.weights, self.outputs = [], []
+
+    def enter(self, step):
+        if step.index == 0 and torch.is_grad_enabled():
+            step.x = step.x.detach().requires_grad_()
+
+    def attend(self, step):
+        scale = step.q.shape[-1] ** -0.5
+        self.weights.append((scale * step.q @ step.k.transpose(-2, -1)).softmax(dim=-1))
+        return self.weights[-1] @ step.v
+
+    def leave(self, step):
+        self.outputs.append(step.x.clone())
+
+
+def test_a_visitor_sees_every_block(reference, network):
+    backbone, images = network("vit"), reference("inputs")["images_vit"]
+    keep = Keep()
+    with torch.inference_mode():
+        last = backbone.walk(images, keep)
+        outputs, weights = reference_modules(backbone.model.visual, images)
+    assert len(keep.outputs) == len(outputs) == backbone.tower.depth
+    for given, expected in zip(keep.outputs + keep.weights, outputs + weights, strict=True):
+        close(given, expected, 2e-5)
+    close(backbone.tower.project(last), reference("vit")["image_tokens_raw"], 2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_visitor_can_ask_for_gradients(kind, reference, network):
+    backbone, images = network(kind), reference("inputs")[f"images_{kind}"][:1]
+    keep = Keep()
+    with torch.enable_grad():
+        token = backbone.tower.project(backbone.walk(images, keep, class_only=True))[:, 0]
+        close(token, reference(f"{kind}_openai")["image_features"][:1], TOLERANCE[kind])
+        gradients = torch.autograd.grad(token.sum(), keep.weights)
+    assert len(gradients) == backbone.tower.depth
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_a_visitor_can_change_what_passes(reference, network):
+    class Silence(Visitor):
+        def attend(self, step):
+            return torch.zeros_like(step.q)
+
+    backbone, images = network("vit"), reference("inputs")["images_vit"]
+    with torch.inference_mode():
+        x = backbone.tower.project(backbone.walk(images, Silence()))
+    torch.testing.assert_close(x[0, 0], x[1, 0])  # no token hears of any other
+
+
 def test_qk_single_path_with_ffn_is_plain_clip(reference, network):
     plain = Recipe(pairs=("qk",), reads="itself", ffn=True)
     tokens = network("vit", attention=plain).encode_image(reference("inputs")["images_vit"])
@@ -222,7 +295,15 @@ def test_preprocess_normalises(network):
     backbone = network("vit")
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (backbone.mean, backbone.std))
-    close(backbone.preprocess(images), (images.float() / 255 - mean) / std, 1e-6)
+    expected = (images.float() / 255 - mean) / std
+    close(backbone.preprocess(images), expected, 1e-6)
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning does for bf16-true
+    try:
+        given = backbone.preprocess(images)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert given.dtype == torch.float32
+    close(given, expected, 1e-6)
 
 
 @pytest.mark.skipif(
@@ -242,7 +323,7 @@ def test_compiled_it_says_the_same(tmp_path, folder):
             close(joined(given), joined(expected), TOLERANCE["vit"])
             assert given.grid == expected.grid
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert pickle.loads(pickle.dumps(compiled)).static_batch == 4
+    assert pickle.loads(pickle.dumps(compiled)).batches.limit == 4
     with pytest.raises(ValueError, match="static_batch=0"):
         load_backbone(path, static_batch=0)
 

@@ -24,6 +24,7 @@ from PIL import Image
 from datamodules import _remote
 from datamodules._decode import Decoder
 from surgery.backbone import Backbone
+from surgery.towers.vit import ViT
 from tasks import _output
 from tasks.__main__ import main
 from tests.tasks.conftest import members, same_results
@@ -100,17 +101,18 @@ def test_a_loader_worker_that_is_killed(finished, command, monkeypatch, tmp_path
 def test_a_batch_too_large_for_the_gpu_goes_in_halves(
     compiled, finished, predict, monkeypatch, tmp_path, caplog
 ):
-    encode = Backbone.encode_image
+    encode = ViT.encode
 
-    def small_only(self, images):
-        if (self.static_batch or len(images)) > 1:
+    def small_only(self, images, positions, plan):
+        if len(images) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return encode(self, images)
+        return encode(self, images, positions, plan)
 
-    monkeypatch.setattr("surgery.backbone._compiled", lambda encode: encode)
-    monkeypatch.setattr(Backbone, "encode_image", small_only)
+    monkeypatch.setattr("surgery.batches.compiled", lambda encode: encode)
+    monkeypatch.setattr(ViT, "encode", small_only)
     run = predict(tmp_path / "run", f"--model.backbone.compile={compiled}")
-    assert "in halves" in caplog.text
+    # Learned once, in whichever batch came first: 4 images, then 2, and never again.
+    assert [r.args[0] for r in caplog.records if "in halves" in r.message] == [4, 2]
     numbers = [json.loads((r / "metrics.json").read_text())["metrics"] for r in (finished, run)]
     assert numbers[1] == pytest.approx(numbers[0], abs=1e-3)
 

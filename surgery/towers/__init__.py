@@ -1,0 +1,49 @@
+"""CLIP's image towers: one class each, one loop over the blocks each.
+
+`Tower.run` walks through the blocks, and calls a `Visitor` at each. The recipes' new path is such a
+visitor (`Tower.encode`), the paper's analyses are, and so is whatever else needs tokens, attention or
+gradients of some layer. A new tower is a file with a class, and a row in `TOWERS`.
+"""
+
+from typing import Any
+
+from common.errors import InvalidSetting
+from surgery.towers.base import ImageTokens, Plan, Step, Tower, Visitor
+from surgery.towers.positions import resize_positions
+from surgery.towers.resnet import ResNet
+from surgery.towers.vit import ViT
+
+__all__ = [
+    "TOWERS",
+    "ImageTokens",
+    "Plan",
+    "Step",
+    "Tower",
+    "Visitor",
+    "resize_positions",
+    "tower_of",
+]
+
+TOWERS: dict[str, type[Tower]] = {
+    "ModifiedResNet": ResNet,
+    "VisionTransformer": ViT,
+}
+"""Class name of open_clip's module -> how its tokens are read."""
+
+
+def tower_of(visual: Any) -> Tower:
+    """The tower of an open_clip module.
+
+    Args:
+        visual: `model.visual`.
+
+    Returns:
+        The tower on its weights.
+
+    Raises:
+        InvalidSetting: there is no row for its class.
+    """
+    kind = type(visual).__name__
+    if kind not in TOWERS:
+        raise InvalidSetting(f"image towers of the class {kind}: supported are {', '.join(TOWERS)}")
+    return TOWERS[kind](visual)
