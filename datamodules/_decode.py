@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from common.pictures import (
+    ENDINGS,
+    MAX_PIXELS,
+    BadPicture,
+    identify,
+    open_picture,
+    size_if_plain,
+)
 from datamodules._tar import BadSample, Entry, Span, read_member, said_by
 from datamodules.samples import VOID, DatasetInfo, Encoded, Sample
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "avif")
 LABEL = "label.png"
 MASK = "mask.png"
 MAX_IMAGE_BYTES = 512 << 20
 MAX_TEXT_BYTES = 1 << 20
-MAX_PIXELS = 100_000_000
 MAX_LONG_SIDE = 2048
-_EXIF_ORIENTATION = 0x0112
-_END_OF_JPEG = b"\xff\xd9"
-
-# Pillow's own limit would refuse what a raised max_pixels allows; ours is checked before anything is
-# unpacked.
-Image.MAX_IMAGE_PIXELS = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Decoder:
         caption = None
         if "txt" in members:
             caption = read_member(members["txt"], MAX_TEXT_BYTES).decode("utf-8", "replace")
-        extension = next((e for e in IMAGES if e in members), None)
+        extension = next((e for e in ENDINGS if e in members), None)
         if extension is None:
             raise BadSample(f"no image: its members are {sorted(members)}")
         label = self._label(members)
@@ -77,7 +76,7 @@ class Decoder:
         picture = None
         if size is None:
             seen = None if label is None else label.shape[-2:]
-            picture = open_image(data, self.max_pixels, seen)
+            picture = open_picture(data, self.max_pixels, stored_size=seen)
             size = (picture.height, picture.width)
         if label is None and self.info.labels == "mask":
             if record.get("positives") == []:  # one mask a positive label, and there is none
@@ -164,7 +163,7 @@ class Decoder:
 
 def reason_of(error: Exception) -> str:
     """What is listed of an error that a stranger's bytes made."""
-    return str(error) if isinstance(error, BadSample) else said_by(error)
+    return str(error) if isinstance(error, BadSample | BadPicture) else said_by(error)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
@@ -180,74 +179,18 @@ def _json(data: bytes) -> dict[str, Any]:
 
 
 def read_index_png(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Label values [H,W] of a palette or grayscale PNG: uint8, or uint16 of a 16-bit one."""
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-        _check_pixels(image, max_pixels)
-        if image.mode.startswith("I"):
-            return np.array(image).astype(np.uint16)
-        if image.mode not in ("P", "L", "1"):
-            raise BadSample(f"its label PNG has mode {image.mode}, expected indices (P or L)")
-        return np.array(image, dtype=np.uint8)
-
-
-def open_image(
-    data: bytes, max_pixels: int, label_size: tuple[int, ...] | None = None
-) -> Image.Image:
-    """Upright RGB image from the bytes of any picture file.
-
-    EXIF orientation is applied, unless the label map was drawn on the image as it is stored.
-    Transparency is laid on white, as a viewer would show it. 16-bit gray is scaled to 8 bits.
+    """Label values [H,W] of a palette or grayscale PNG: uint8, or uint16 of a 16-bit one.
 
     Raises:
-        BadSample: not a picture, or more than ``max_pixels`` pixels.
+        BadSample: not such a PNG, or more than ``max_pixels`` pixels.
         OSError: it is cut off.
     """
-    if not data:
-        raise BadSample("the image file is empty")
     try:
-        image: Image.Image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:
-        raise BadSample("not a picture of a known format") from None
-    _check_pixels(image, max_pixels)
-    image.load()
-    if image.getexif().get(_EXIF_ORIENTATION, 1) != 1 and label_size != (image.height, image.width):
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, dtype=np.float64)
-        scale = 255 / 65535 if values.max(initial=0) > 255 else 1.0
-        image = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def size_if_plain(data: bytes, max_pixels: int) -> tuple[int, int] | None:
-    """(height, width) of an upright, complete JPEG in gray or YCbCr; None for any other file.
-
-    What decoders disagree about (CMYK, stored rotation, an end that is missing) is Pillow's.
-
-    Raises:
-        BadSample: more than ``max_pixels`` pixels.
-    """
-    if not data.rstrip(b"\0").endswith(_END_OF_JPEG):
-        return None
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            _check_pixels(image, max_pixels)
-            plain = image.mode == "L" or (
-                image.mode == "RGB" and image.info.get("adobe_transform", 1) == 1
-            )
-            upright = image.getexif().get(_EXIF_ORIENTATION, 1) == 1
-            return (image.height, image.width) if plain and upright else None
-    except UnidentifiedImageError:
-        return None
-
-
-def _check_pixels(image: Image.Image, max_pixels: int) -> None:
-    if image.width * image.height > max_pixels:
-        raise BadSample(
-            f"the picture claims {image.width}x{image.height} pixels, more than "
-            f"--data.max_pixels {max_pixels}"
-        )
+        image = identify(data, max_pixels, ("PNG",))
+    except BadPicture as error:
+        raise BadSample(f"its label PNG: {error}") from None
+    if image.mode.startswith("I"):
+        return np.array(image).astype(np.uint16)
+    if image.mode not in ("P", "L", "1"):
+        raise BadSample(f"its label PNG has mode {image.mode}, expected indices (P or L)")
+    return np.array(image, dtype=np.uint8)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import InvalidSetting
-from datamodules._decode import open_image, reason_of, to_tensor
+from common.pictures import open_picture
+from datamodules._decode import reason_of, to_tensor
 from datamodules.samples import Batch, Encoded, SampleError, stack_alike
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def _decode(
         return [found for file in files for found in _decode([file], device, max_pixels)]
     _warn_once(reason)
     try:
-        return [to_tensor(open_image(files[0], max_pixels)).to(device)]
+        return [to_tensor(open_picture(files[0], max_pixels)).to(device)]
     except Exception as error:  # a stranger's bytes may break any decoder in any way
         return [error]
 

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from common.errors import MissingFile
+from common.pictures import MAX_PIXELS
 from datamodules._convert import sha256_of
-from datamodules._decode import MAX_PIXELS, Decoder, reason_of
+from datamodules._decode import Decoder, reason_of
 from datamodules._tar import ShardError, index_shard
 from datamodules.samples import VOID, DatasetInfo, SampleError
 from datamodules.shards import read_dataset_json

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import InvalidSetting, MissingFile
-from datamodules._decode import IMAGES, Decoder
+from common.pictures import ENDINGS
+from datamodules._decode import Decoder
 from datamodules._remote import Spool
 from datamodules._tar import MAX_KEY, Entry, Span
 from datamodules.samples import DatasetInfo
@@ -136,7 +137,7 @@ def find_images(specs: Sequence[str]) -> tuple[list[Picture], list[str]]:
                 pictures.setdefault(found, Picture(found, Path(found.name)))
             else:
                 inside = [Picture(file, file.relative_to(found)) for file in walk(found)]
-                images = [p for p in inside if p.file.suffix[1:].lower() in IMAGES]
+                images = [p for p in inside if p.file.suffix[1:].lower() in ENDINGS]
                 for picture in images:
                     pictures.setdefault(picture.file, picture)
                 if not images:
@@ -144,7 +145,7 @@ def find_images(specs: Sequence[str]) -> tuple[list[Picture], list[str]]:
         if len(pictures) + len(tars) == before and not os.path.isfile(spec):
             raise MissingFile(
                 f"no images at {spec!r} (seen from {os.getcwd()}): give a folder, a pattern in quotes, "
-                f"a file or a tar with --data.path; known endings: {', '.join(IMAGES)}"
+                f"a file or a tar with --data.path; known endings: {', '.join(ENDINGS)}"
             )
     return list(pictures.values()), list(dict.fromkeys(tars))
 
@@ -173,7 +174,7 @@ def as_entries(pictures: Sequence[Picture]) -> list[Entry]:
         ending = file.suffix[1:].lower()
         span = Span(str(file), 0, file.stat().st_size)
         # Any other ending is taken for an image too: it was asked for by its name.
-        entries.append(Entry(key, {ending if ending in IMAGES else "jpg": span}))
+        entries.append(Entry(key, {ending if ending in ENDINGS else "jpg": span}))
     return entries
 
 

@@ -19,7 +19,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from common.errors import InvalidSetting, MissingFile
-from datamodules._decode import MAX_PIXELS, Decoder, reason_of
+from common.pictures import MAX_PIXELS
+from datamodules._decode import Decoder, reason_of
 from datamodules._device_decode import decode_pending, load_decoder
 from datamodules._download import Archive
 from datamodules._remote import Spool, is_remote

@@ -62,6 +62,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         name: value for name, value in weights.items() if name.split(".")[-1] not in _NOT_WEIGHTS
     }
     for name, value in weights.items():
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise CheckpointError(f"{path}: {name!r} claims more numbers than the file holds")
         # Adding up is one pass; whatever is not finite survives it.
         finite = not value.is_floating_point() or value.sum(dtype=torch.float32).isfinite()
         if not finite and not value.isfinite().all():
@@ -129,9 +131,16 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
+    mapped = zipfile.is_zipfile(path)
+    if mapped:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for member in archive.infolist():
+                    _check_stored(member)
+        except (pickle.UnpicklingError, zipfile.BadZipFile) as error:
+            raise CheckpointError(f"{path}: refused: {error}. {_CONVERT}") from error
     try:
         # Mapped, the optimizer's state in a training checkpoint is never read.
-        mapped = zipfile.is_zipfile(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -222,7 +231,7 @@ class _ArchiveUnpickler(pickle.Unpickler):
     """Reads data.pkl: tensors and inert objects, nothing else can be named."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
-        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
+        super().__init__(io.BytesIO(_stored(archive, f"{root}/data.pkl")))
         self._inert: type[_Inert] = type("_Inert", (_Inert,), {})  # its own: BUILD may write to it
         self._archive = archive
         self._root = root
@@ -241,11 +250,30 @@ class _ArchiveUnpickler(pickle.Unpickler):
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError(f"unknown record {kind!r}")
         if key not in self._storages:
-            content = bytearray(self._archive.read(f"{self._root}/data/{key}"))
+            content = bytearray(_stored(self._archive, f"{self._root}/data/{key}"))
             self._storages[key] = (
                 torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
             )
         return self._storages[key]
+
+
+def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
+    member = archive.getinfo(name)
+    _check_stored(member)
+    return archive.read(member)
+
+
+def _check_stored(member: zipfile.ZipInfo) -> None:
+    """Check that a member is stored as it is, as torch does: so it can't be larger than its file.
+
+    Raises:
+        pickle.UnpicklingError: it is compressed, and may inflate to any size.
+    """
+    if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+        raise pickle.UnpicklingError(
+            f"{member.filename} is compressed, which torch never does ({member.compress_size} bytes "
+            f"inflate to {member.file_size})"
+        )
 
 
 def _is_torchscript(path: Path) -> bool:

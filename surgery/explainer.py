@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import InvalidSetting, MissingFile
 from surgery.backbone import load_backbone
 from surgery.features import feature_surgery, similarity_map, similarity_to_points
 from surgery.prompts import TEMPLATES, encode_prompts
@@ -16,6 +17,9 @@ from surgery.visualize import heat_map
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+WRITTEN = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+"""Endings of the pictures that `Explanation.save` writes."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,20 @@ class Explanation:
         return torch.stack([heat_map(self.image, values) for values in self.maps])
 
     def save(self, path: str | Path) -> None:
-        """Write the image and its T overlays, side by side, as a picture of the path's format."""
+        """Write the image and its T overlays, side by side, as a picture.
+
+        Args:
+            path: where; its ending names the format, a PNG if it has none.
+
+        Raises:
+            InvalidSetting: the ending is that of no format that can be written.
+        """
         from PIL import Image
 
+        path = Path(path)
+        path = path if path.suffix else path.with_name(f"{path.name}.png")
+        if path.suffix.lower() not in WRITTEN:
+            raise InvalidSetting(f"{path}: a picture's ending is one of {', '.join(WRITTEN)}")
         row = torch.cat([self.image, *self.overlays()], dim=1)
         Image.fromarray(row.numpy()).save(path)
 
@@ -67,7 +82,10 @@ class Explanation:
 
 
 class Explainer:
-    """`Explainer(model, pretrained)(image, names)`; options as of `load_backbone`, and a device."""
+    """`Explainer(model, pretrained)(image, names)`; options as of `load_backbone`, and a device.
+
+    A file with more than `max_pixels` pixels is refused before it is unpacked.
+    """
 
     def __init__(
         self,
@@ -76,10 +94,12 @@ class Explainer:
         *,
         templates: Sequence[str] = TEMPLATES,
         device: str | torch.device = "cpu",
+        max_pixels: int = 100_000_000,
         **options: Any,
     ) -> None:
         self.backbone = load_backbone(model, pretrained, **options).to(device)
         self.templates = tuple(templates)
+        self.max_pixels = max_pixels
 
     @torch.inference_mode()
     def __call__(
@@ -88,10 +108,14 @@ class Explainer:
         """Explain a PIL image, a path, or a uint8 tensor [3, H, W] by one or more names.
 
         A single name is compared with the empty text, several with what they share.
+
+        Raises:
+            MissingFile: there is no such file.
+            InvalidSetting: the file is no picture, or can't be read; names it.
         """
         names = (names,) if isinstance(names, str) else tuple(names)
         backbone = self.backbone
-        picture = _open(image)
+        picture = _open(image, self.max_pixels)
         pixels = torch.from_numpy(np.array(_squash(picture, backbone.image_size)))
         batch = pixels.permute(2, 0, 1)[None].to(backbone.device)
         tokens = backbone.encode_image(backbone.preprocess(batch))
@@ -112,9 +136,11 @@ class Explainer:
         return Explanation(shown, names, maps, scores.cpu(), similarity[0], tokens.grid, points)
 
 
-def _open(image: "Image | str | Path | Tensor") -> "Image":
-    """As an upright RGB picture."""
-    from PIL import Image, ImageOps
+def _open(image: "Image | str | Path | Tensor", max_pixels: int) -> "Image":
+    """As an upright RGB picture, opened as ``lightning predict`` does."""
+    from PIL import Image
+
+    from common.pictures import BadPicture, open_picture, upright_rgb
 
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
@@ -122,10 +148,16 @@ def _open(image: "Image | str | Path | Tensor") -> "Image":
                 f"image: expected uint8 [3, H, W], given {image.dtype} {list(image.shape)}"
             )
         return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-    if isinstance(image, str | Path):
-        with Image.open(image) as opened:
-            return _open(opened)
-    return ImageOps.exif_transpose(image).convert("RGB")
+    if not isinstance(image, str | Path):
+        return upright_rgb(image)
+    try:
+        return open_picture(Path(image).read_bytes(), max_pixels)
+    except FileNotFoundError:
+        raise MissingFile(f"{image}: no such file in {Path.cwd()}") from None
+    except BadPicture as error:
+        raise InvalidSetting(f"{image}: {error}") from None
+    except Exception as error:  # broken bytes may break a decoder in any way
+        raise InvalidSetting(f"{image} can't be read as a picture: {error}") from error
 
 
 def _squash(picture: "Image", size: tuple[int, int]) -> "Image":

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from PIL import Image
+from PIL import EpsImagePlugin, Image, PngImagePlugin
 
 from datamodules import Images
+from datamodules._decode import read_index_png, reason_of
 from datamodules._device_decode import load_decoder
-from datamodules._tar import MAX_KEY
+from datamodules._tar import MAX_KEY, BadSample
 from datamodules.images import find_images, make_key
 from datamodules.samples import Encoded
 from tasks.base import Task
@@ -191,7 +192,7 @@ def test_a_batch_that_is_decoded_in_parts(jpegs, monkeypatch):
 def test_only_our_own_limit_of_pixels_counts(decoder, jpegs):
     assert Image.MAX_IMAGE_PIXELS is None  # Pillow's, of which a worker would be reminded or not
     few = images(str(jpegs / "smooth.jpg"), decoder=decoder, max_pixels=100)
-    assert "more than --data.max_pixels 100" in batches_of(few)[0].errors[0].reason
+    assert "more than max_pixels 100" in batches_of(few)[0].errors[0].reason
 
 
 def test_a_missing_torchcodec_is_said_at_once(photos, monkeypatch):
@@ -214,6 +215,95 @@ def test_any_mode_is_rgb(mode, tmp_path):
     assert batch.images.shape == (1, 3, 8, 8)
     if mode != "1":
         assert (batch.images.int() - 128).abs().max() <= 2
+
+
+@pytest.fixture
+def ghostscript(monkeypatch):
+    """How often Ghostscript would have been called."""
+    called = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **options: called.append(args))
+    return called
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 30 20\n%%EndComments\n{} loop\n"
+
+
+def test_what_data_sets_do_not_use_is_refused_by_name(tmp_path, ghostscript):
+    gray = Image.new("L", (30, 20), 128)
+    for name, kind in {"pcx": "PCX", "ico": "ICO"}.items():
+        gray.save(tmp_path / f"{name}.jpg", kind)
+    for name, start in {
+        "eps": EPS,
+        "heic": b"\0\0\0\x18ftypheic" + bytes(40),
+        "page": b"<!DOCTYPE html><html>",
+        "broken": b"\xff\xd8\xff" + b"x" * 60,
+    }.items():
+        (tmp_path / f"{name}.jpg").write_bytes(start)
+    (batch,) = batches_of(images(str(tmp_path), batch_size=20))
+    reasons = {error.key: error.reason.split(",")[0] for error in batch.errors}
+    assert reasons == {
+        "pcx": "it is of the format PCX",
+        "ico": "it is of the format ICO",
+        "eps": "it is of the format EPS",
+        "heic": "it is an HEIC file",
+        "page": "it is a web page file",
+        "broken": "a broken JPEG file",
+    }
+    assert not ghostscript
+
+
+def test_labels_are_png_and_nothing_else(tmp_path, ghostscript):
+    for data in (EPS, b"GIF89a" + bytes(60)):
+        with pytest.raises(BadSample, match=r"its label PNG: it is of the format (EPS|GIF)"):
+            read_index_png(data)
+    assert not ghostscript
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("GIF", {"save_all": True}), ("WEBP", {"save_all": True, "lossless": True}),
+     ("TIFF", {"save_all": True}), ("PNG", {"save_all": True}), ("MPO", {"save_all": True})],
+)  # fmt: skip
+def test_of_many_frames_the_first_is_read_and_no_other(kind, options, tmp_path):
+    frames = [Image.new("RGB", (30, 20), (value, value, value)) for value in (128, 20, 250, 90)]
+    frames[0].save(tmp_path / "x.jpg", kind, append_images=frames[1:], **options)
+    (batch,) = batches_of(images(str(tmp_path)))
+    assert batch.errors == []
+    assert (batch.images.int() - 128).abs().max() <= 2
+
+
+def test_texts_inside_a_png_are_bounded(tmp_path):
+    """Of compressed texts in its chunks; Pillow's own limits, on which we rely."""
+    for name, texts in {"long": [2 << 20], "many": [1 << 19] * 200, "usual": [1 << 10]}.items():
+        info = PngImagePlugin.PngInfo()
+        for i, length in enumerate(texts):
+            info.add_text(f"text {i}", "x" * length, zip=True)
+        Image.new("L", (30, 20), 128).save(tmp_path / f"{name}.png", pnginfo=info)
+    (batch,) = batches_of(images(str(tmp_path)))
+    assert batch.keys == ["usual"]
+    assert {error.key for error in batch.errors} == {"long", "many"}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_pixels_that_are_no_numbers(value, tmp_path):
+    pixels = np.zeros(SIZE, np.float32)
+    pixels[3, 4] = value
+    Image.fromarray(pixels).save(tmp_path / "x.tif")
+    (batch,) = batches_of(images(str(tmp_path)))
+    assert "not finite numbers" in batch.errors[0].reason
+
+
+def test_a_reason_is_the_same_every_time(tmp_path):
+    """Not an object's address, nor the file that a download happens to be in."""
+    for name, data in {"a": b"GIF89a", "b": b"\xff\xd8\xff", "c": b"II*\0", "d": b"BM"}.items():
+        (tmp_path / f"{name}.jpg").write_bytes(data + b"\x01" * 40)
+    data = images(str(tmp_path))
+    reasons = [[error.reason for error in batches_of(data)[0].errors] for _ in range(2)]
+    assert reasons[0] == reasons[1]
+    assert len(reasons[0]) == 4
+    (tmp_path / "a.jpg").unlink()
+    assert batches_of(data)[0].errors[0].reason == "No such file or directory"
+    assert " at 0x" not in reason_of(OSError(f"cannot identify image file {io.BytesIO()!r}"))
 
 
 def test_names_come_from_a_file_too(photos, tmp_path):

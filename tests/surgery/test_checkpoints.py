@@ -161,6 +161,27 @@ def test_code_in_an_archive_is_not_even_read(weights, tmp_path):
     assert read_checkpoint(broken).weights.keys() == weights.keys()
 
 
+@pytest.mark.parametrize("scripted", [True, False])
+def test_an_archive_can_not_inflate(scripted, weights, tmp_path):
+    """A few megabytes of packed zeros would be gigabytes of weights."""
+    good, bomb = tmp_path / "good.pt", tmp_path / "bomb.pt"
+    if scripted:
+        archive(good, weights)
+    else:
+        torch.save(weights, good)
+    with zipfile.ZipFile(good) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as out:
+        for name in source.namelist():
+            out.writestr(name, source.read(name))
+    with pytest.raises(CheckpointError, match=r"bomb.pt: refused.*is compressed"):
+        read_checkpoint(bomb)
+
+
+def test_a_tensor_larger_than_what_is_stored(tmp_path):
+    torch.save({"a": torch.zeros(1).expand(1 << 50)}, tmp_path / "wide.pt")
+    with pytest.raises(CheckpointError, match=r"wide.pt: 'a' claims more numbers"):
+        read_checkpoint(tmp_path / "wide.pt")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite(value, weights, config, tmp_path):
     weights["ln_final.weight"][5] = value

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common.errors import UserError
 from surgery import Explainer
 from surgery.visualize import heat_map, jet
 
@@ -56,10 +57,42 @@ def test_all_kinds_of_images_agree(explainer, picture, tmp_path):
         explainer(torch.zeros(3, 8, 8), ["cat", "dog"])
 
 
-def test_save(explainer, picture, tmp_path):
-    explainer(picture, ["cat", "dog"]).save(tmp_path / "out.png")
-    with Image.open(tmp_path / "out.png") as saved:
+def test_pictures_are_opened_as_predict_does(explainer, tmp_path):
+    """What is transparent is not shown, and 16 bits are not white."""
+    hidden = np.full((40, 60, 4), 50, np.uint8)
+    hidden[..., 3] = 0
+    Image.fromarray(hidden).save(tmp_path / "hidden.png")
+    Image.fromarray(np.full((40, 60), 128 * 257, np.uint16)).save(tmp_path / "deep.png")
+    for image in (tmp_path / "hidden.png", Image.fromarray(hidden)):
+        assert (explainer(image, ["cat", "dog"]).image == 255).all()
+    for image in (tmp_path / "deep.png", Image.open(tmp_path / "deep.png")):
+        assert (explainer(image, ["cat", "dog"]).image == 128).all()
+
+
+def test_a_file_that_is_no_picture_is_named(explainer, picture, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    picture.save(tmp_path / "b.png")
+    whole = (tmp_path / "b.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(whole[: len(whole) // 2])
+    picture.save(tmp_path / "c.png")
+    explainer.max_pixels = 2399
+    for name, said in {"a.jpg": "EPS", "b.png": "", "c.png": "2399", "d.png": "no such"}.items():
+        with pytest.raises(UserError, match=rf"{name}.*{said}"):
+            explainer(tmp_path / name, ["cat", "dog"])
+
+
+@pytest.mark.parametrize("name", ["out.png", "out", "out.JPG"])
+def test_save(name, explainer, picture, tmp_path):
+    explainer(picture, ["cat", "dog"]).save(tmp_path / name)
+    (written,) = tmp_path.glob("out*")
+    assert written.suffix
+    with Image.open(written) as saved:
         assert saved.size == (180, 40)
+
+
+def test_save_with_an_ending_of_no_picture(explainer, picture, tmp_path):
+    with pytest.raises(UserError, match=r"out\.pic.*\.png"):
+        explainer(picture, ["cat", "dog"]).save(tmp_path / "out.pic")
 
 
 def test_show_says_what_is_missing(explainer, picture, monkeypatch):
