@@ -17,7 +17,9 @@ if TYPE_CHECKING:
         similarity_map,
         similarity_to_points,
     )
+    from surgery.methods import METHODS, explain
     from surgery.prompts import TEMPLATES, encode_prompts
+    from surgery.texts import Texts
     from surgery.towers import ImageTokens
 
 _HOMES = {
@@ -31,12 +33,16 @@ _HOMES = {
     "similarity": "features",
     "similarity_map": "features",
     "similarity_to_points": "features",
+    "METHODS": "methods",
+    "explain": "methods",
     "TEMPLATES": "prompts",
     "encode_prompts": "prompts",
+    "Texts": "texts",
     "ImageTokens": "towers",
 }
 
 __all__ = [
+    "METHODS",
     "RECIPES",
     "TEMPLATES",
     "Backbone",
@@ -44,7 +50,9 @@ __all__ = [
     "Explanation",
     "ImageTokens",
     "Recipe",
+    "Texts",
     "encode_prompts",
+    "explain",
     "feature_surgery",
     "load_backbone",
     "similarity",

@@ -155,7 +155,7 @@ def _check(patch_tokens: Tensor, class_token: Tensor | None, text: Tensor) -> No
     if patch_tokens.ndim != 3:
         raise ValueError(f"patch_tokens: expected [B, N, C], given {list(patch_tokens.shape)}")
     batch, _, channels = patch_tokens.shape
-    if text.ndim != 2 or text.shape[1] != channels or not len(text):
+    if text.ndim != 2 or text.shape[1] != channels:
         raise ValueError(f"text: expected [T, {channels}], given {list(text.shape)}")
     if class_token is not None and class_token.shape != (batch, channels):
         raise ValueError(

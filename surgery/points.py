@@ -26,6 +26,10 @@ def combined_points(
     find = partial(
         similarity_to_points, grid=grid, size=size, threshold=threshold, down_sample=down_sample
     )
+    if not similarity.shape[1]:
+        return similarity.new_empty(0, 2, dtype=torch.int64), similarity.new_empty(
+            0, dtype=torch.int64
+        )
     low, high = similarity.amin(0), similarity.amax(0)
     scaled = (similarity - low) / (high - low).clamp_min(torch.finfo(similarity.dtype).tiny)
     mean_points, mean_labels = find(scaled.mean(1))

@@ -97,6 +97,8 @@ def best_text(
     [H, W] that a softmax over all T texts of scale x similarity gives it. Texts are handled a few
     at a time, so that memory does not grow with T.
     """
+    if not len(scores[0]):
+        raise ValueError("expected one or more texts to choose from, given none")
     grid = scores[0].shape[1:]
     seen = tuple(step * cells for step, cells in zip(patch_size, grid, strict=True))
     if len(views) == 1 and seen == image_size:

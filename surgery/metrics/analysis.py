@@ -45,7 +45,7 @@ class ClassMean(Metric):
         """
         usable = ~values[..., None].isnan().flatten(1).any(dim=1)
         values, classes = values[usable].to(self.total), classes[usable.to(classes.device)]
-        classes = classes.to(self.total.device)
+        classes = classes.to(self.total.device).long()
         # One entry a class at most, so plain indexing adds deterministically.
         total = self.total.expand(-1, *values.shape[1:]).clone()
         total[classes] += values

@@ -55,7 +55,7 @@ class MeanScoreContrast(Metric):
         outside_sum = (maps * valid).sum((1, 2), dtype=torch.float64) - inside_sum
         usable = (inside_count > 0) & (outside_count > 0)
         difference = inside_sum / inside_count - outside_sum / outside_count
-        zero = torch.zeros_like(difference)
+        zero, classes = torch.zeros_like(difference), classes.long()
         # One entry a class at most, so plain indexing adds deterministically.
         self.contrast[classes] += torch.where(usable, difference, zero).to(self.contrast.device)
         self.images[classes] += usable.to(self.images)

@@ -77,6 +77,8 @@ class MeanAveragePrecision(Metric):
 
 def _average_precision(scores: Tensor, truth: Tensor) -> Tensor:
     """AP of one class from the scores [n] of all images and which of them show it, bool [n]."""
+    if not len(scores):
+        return torch.tensor(torch.nan, dtype=torch.float64, device=scores.device)
     ordered, order = scores.sort(descending=True)
     hits = truth[order].cumsum(0).double()
     # Precision and recall only exist where a cut can be made: at the last image of equal scores.

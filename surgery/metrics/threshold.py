@@ -58,7 +58,7 @@ class ThresholdIoU(Metric):
             valid: bool [H,W] or [P,H,W]; pixels that count as foreground or background.
             classes: [P] class indices, all different.
         """
-        count = len(maps)
+        count, classes = len(maps), classes.long()
         # Bin b holds the values that are >= threshold b and < threshold b + 1.
         bins = self.thresholds
         codes = (maps.float() * bins).int().clamp_(0, bins - 1)
@@ -99,7 +99,8 @@ class ThresholdIoU(Metric):
 
     def compute_per_image(self) -> Tensor:
         """The same with the mean of the images' IoUs in place of the class's, at its best threshold."""
-        return (self.image_iou / self.images.unsqueeze(1)).nanmean(0).nan_to_num(-1.0).max()
+        curve = (self.image_iou / self.images.unsqueeze(1)).nanmean(0)
+        return curve[curve.nan_to_num(-1.0).argmax()]
 
 
 def _iou(inside: Tensor, outside: Tensor) -> Tensor:

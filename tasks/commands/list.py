@@ -63,9 +63,17 @@ def list_recipes() -> list[tuple[str, str]]:
     return [(name, str(recipe)) for name, recipe in RECIPES.items()]
 
 
+def list_methods() -> list[tuple[str, str]]:
+    """Values of ``--model.methods``."""
+    from surgery import METHODS
+
+    return [(name, method.summary) for name, method in METHODS.items()]
+
+
 LISTS: dict[str, Callable[[], list[tuple[str, str]]]] = {
     "configs": list_configs,
     "datasets": list_datasets,
+    "methods": list_methods,
     "models": list_models,
     "recipes": list_recipes,
     "tasks": list_tasks,
