@@ -381,8 +381,8 @@ def profile(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         "decode and resize on the device": spent("datamodules/_device_decode.py", "decode_pending"),
         **inside,
         "the rest of the step": spent("/tasks/", "predict_step") - sum(inside.values()),
-        "write": spent("tasks/writer.py", "write_on_batch_end"),
-        "merge at the end": spent("tasks/summary.py", "summarise"),
+        "write": spent("tasks/run/callback.py", "write_on_batch_end"),
+        "merge at the end": spent("tasks/run/folder.py", "summarise"),
     }
     table["start, Lightning, transfer"] = whole_run - sum(table.values())
     table["all"] = whole_run

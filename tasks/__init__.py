@@ -1,4 +1,4 @@
-"""The tasks of the paper as LightningModules, the writer of their results, and the command line."""
+"""The tasks of the paper as LightningModules, their runs, and the command line."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from tasks.multimodal import Multimodal
     from tasks.opinions import Opinions
     from tasks.recognition import Recognition
+    from tasks.run import Run
+    from tasks.run.callback import ResultWriter
     from tasks.segmentation import Segmentation
-    from tasks.writer import ResultWriter
 
 TASKS = {
     "analysis": "Analysis",
@@ -28,7 +29,8 @@ TASKS = {
 _HOMES = {
     "BackboneConfig": "base",
     "Task": "base",
-    "ResultWriter": "writer",
+    "ResultWriter": "run.callback",
+    "Run": "run",
     **{cls: module for module, cls in TASKS.items()},
 }
 
@@ -42,6 +44,7 @@ __all__ = [
     "Opinions",
     "Recognition",
     "ResultWriter",
+    "Run",
     "Segmentation",
     "Task",
 ]

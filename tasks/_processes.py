@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 
-from tasks._output import RunError, Stopped
+from tasks.run.errors import RunError, Stopped
 
 _LOOK = 0.1  # seconds between two looks at what is waited for
 

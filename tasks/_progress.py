@@ -1,9 +1,7 @@
-"""What a person sees of a run: a bar that counts images, and the table at the end."""
+"""What a person sees of a run under way: a bar that counts images."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -70,23 +68,3 @@ class ImageProgress(ProgressBar):
         """Close the bar, so that the message stands on a line of its own."""
         if self._bar is not None:
             self._bar.close()
-
-
-def print_report(folder: Path) -> None:
-    """Print a run's metrics in percent, beside plain CLIP's where it was measured, and its place."""
-    summary = json.loads((folder / "metrics.json").read_text())
-    baseline = summary.get("baseline", {})
-    if summary["metrics"]:
-        print("\n" + " " * 20 + ("  CLIP   Surgery" if baseline else ""))
-    for name, value in summary["metrics"].items():
-        columns = [baseline[name]] if name in baseline else []
-        cells = ("   --  " if v is None else f"{100 * v:6.2f} %" for v in (*columns, value))
-        print(f"  {name:<16} {'  '.join(cells)}")
-    shards = summary["shards"]
-    print(f"\n{summary['images']} images, {summary['errors']} errors", end="")
-    print(f" ({folder / 'errors.jsonl'})" if summary["errors"] else "", end="")
-    print("" if shards["done"] == shards["of"] else f", {shards['done']} of {shards['of']} shards")
-    print(f"results in {folder.resolve()}")
-    picture = next(folder.glob("*/*.jpg"), None)  # with --writer.layout files
-    if picture is not None:
-        print(f"pictures: {picture.resolve()} and others beside it")

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from common.errors import InvalidSetting
-from datamodules.samples import Batch, DatasetInfo
+from datamodules.samples import Batch
 from surgery import feature_surgery, similarity
 from surgery.analysis import (
     ATTENTIONS,
     MODULES,
-    RATIOS,
-    TOKENS,
     BlockView,
     affinity,
     cells,
@@ -24,12 +19,10 @@ from surgery.analysis import (
     map_likeness,
     walk_blocks,
 )
-from surgery.metrics import ClassMean
-from tasks._tables import Cell, Table
-from tasks.base import BackboneConfig, ImageResult, Report, Task, label_masks
-
-LIKENESS = ("cosine", "correlation")
-STAGES = ("plain", "feature_surgery")
+from tasks.base import BackboneConfig, Task
+from tasks.measures.analysis import AnalysisMeasures
+from tasks.measures.base import label_masks
+from tasks.run.results import ImageResult
 
 
 class Analysis(Task):
@@ -52,6 +45,9 @@ class Analysis(Task):
     """
 
     needs = ("classes", "mask")
+
+    measured_by = AnalysisMeasures
+    measures: AnalysisMeasures
 
     empty: Tensor | None
     """[1,C] feature of the empty text."""
@@ -84,12 +80,6 @@ class Analysis(Task):
         tokenizer = self.backbone.tokenizer
         self.empty = self.backbone.encode_text(tokenizer([""]).to(self.backbone.device))
 
-    def configure_metrics(self, info: DatasetInfo) -> dict[str, Metric]:
-        """One mean over images and classes an analysis."""
-        count = len(info.classes)
-        dims = {"selection": 3, "affinity": 3, "redundancy": 2}
-        return {name: ClassMean(count, n) for name, n in dims.items() if getattr(self, name)}
-
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
         """All numbers of each image."""
         results = []
@@ -98,8 +88,7 @@ class Analysis(Task):
             values: dict[str, Tensor] = {}
             if positives:
                 values = self._measure(image, positives, label)
-                for name, numbers in values.items():
-                    self.metrics[name].update(numbers, torch.tensor(positives))
+                self.measures.update(values, positives)
             names = [self.info.classes[index] for index in positives]
             results.append(ImageResult(key, {"json": _record(names, values)}))
         return results
@@ -164,50 +153,6 @@ class Analysis(Task):
         foreground, valid = label_masks(label, positives, self.info)
         foreground = foreground & valid
         return cells(foreground, grid) >= 0.5, cells(valid.expand_as(foreground), grid) > 0.5
-
-    def report(self, metrics: dict[str, Metric], info: DatasetInfo) -> Report:
-        """The headline of each analysis, the curves over the blocks, and the bars of the classes."""
-        means = cast("dict[str, ClassMean]", metrics)
-        numbers: dict[str, float] = {}
-        per_class: dict[str, dict[str, float]] = {}
-        tables: dict[str, Table] = {}
-        if "selection" in means:
-            values = means["selection"].mean()  # [blocks, attentions, ratios]
-            for i, kind in enumerate(ATTENTIONS):
-                numbers[f"mFSR_{kind}"] = float(values[:, i, 0].mean())
-            tables["mfsr"] = _curves(values[..., :1], ATTENTIONS, ("",), "mFSR")
-            tables["mfsr_readings"] = _curves(values, ATTENTIONS, RATIOS, "mFSR")
-        if "affinity" in means:
-            values = means["affinity"].mean()  # [blocks, modules, tokens]
-            for i, module in enumerate(MODULES):
-                numbers[f"affinity_{module}"] = float(values[:, i, 0].mean())
-            tables["affinity"] = _curves(values, MODULES, TOKENS, "cosine with positive labels")
-        if "redundancy" in means:
-            classes = means["redundancy"].per_class()  # [K, stages, likeness]
-            columns = [f"{kind}_{stage}" for stage in STAGES for kind in LIKENESS]
-            rows = {
-                name: dict(zip(columns, values, strict=True))
-                for name, values in zip(info.classes, classes.flatten(1).tolist(), strict=True)
-            }
-            for i, stage in enumerate(STAGES):
-                numbers[f"redundancy_{stage}"] = float(means["redundancy"].mean()[i, 0])
-            per_class = rows
-            tables["redundancy"] = Table(
-                ("class", *columns),
-                [(name, *row.values()) for name, row in rows.items()],
-                plot="bars",
-                label="likeness to the empty text's map",
-            )
-        return Report(numbers, per_class, tables=tables)
-
-
-def _curves(values: Tensor, groups: tuple[str, ...], kinds: tuple[str, ...], label: str) -> Table:
-    """values [blocks, groups, kinds] as one row a block, counted from 1."""
-    columns = [f"{group}_{kind}".rstrip("_") for group in groups for kind in kinds]
-    rows: list[tuple[Cell, ...]] = [
-        (number, *row) for number, row in enumerate(values.flatten(1).tolist(), start=1)
-    ]
-    return Table(("block", *columns), rows, plot="lines", label=label)
 
 
 def _record(names: list[str], values: dict[str, Tensor]) -> dict[str, object]:

@@ -1,28 +1,25 @@
-"""What all tasks share: the backbone, the class texts, and metrics that are kept shard by shard."""
+"""What all tasks share: the backbone, the class texts, what they need of a data set."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torchmetrics import Metric
 
 import datamodules
 from common.errors import InvalidSetting
 from datamodules import DATASETS
-from datamodules.samples import VOID, DatasetInfo
+from datamodules.samples import DatasetInfo
 from datamodules.shards import ShardDataModule
 from surgery import Backbone, ImageTokens, encode_prompts, load_backbone
 from tasks import TASKS
-from tasks._tables import Table
 from tasks._texts import read_text_features
+from tasks.measures import Measures
 
 
 @dataclass(frozen=True)
@@ -54,52 +51,26 @@ class BackboneConfig:
     compile: bool = False
 
 
-class ImageResult(NamedTuple):
-    """What a task says of one image; the writer turns it into files.
-
-    ``members``: file ending -> array (``*.npy``), label values uint8 [H,W] (``*.png``), or dict
-    (``json``). ``overlays``: the same for pictures uint8 [H,W,3] (``*.jpg``) that are only drawn when
-    the writer wants them. ``rows``: table name -> this image's row in it, column -> value; the writer
-    makes one parquet file a table and shard, with the column ``key`` in front.
-    """
-
-    key: str
-    members: dict[str, Any]
-    overlays: Callable[[], dict[str, np.ndarray]] | None = None
-    rows: dict[str, dict[str, Any]] | None = None
-
-
-@dataclass(frozen=True)
-class Report:
-    """The numbers of a run.
-
-    Args:
-        metrics: name -> value over the whole run; fractions.
-        per_class: class name -> column -> value.
-        baseline: the same metrics of plain CLIP, where it was measured beside.
-        details: what else is worth knowing, such as the best threshold.
-        tables: file name without ending -> what is written as csv beside, some with a plot.
-    """
-
-    metrics: dict[str, float]
-    per_class: dict[str, dict[str, float]] = field(default_factory=dict)
-    baseline: dict[str, float] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)
-    tables: dict[str, Table] = field(default_factory=dict)
-
-
 class Task(LightningModule):
     """Base of all tasks.
 
     A subclass writes ``predict_step`` (batch -> one `ImageResult` an image), and, where there is
-    something to measure, ``configure_metrics`` and ``report``. Metrics are updated in
-    ``predict_step``; the writer takes their states at the end of every shard.
+    something to measure, names its `Measures`, which it updates in ``predict_step``; the run takes
+    their states at the end of every shard.
 
     Args:
         backbone: which CLIP, and how it is read.
         text_features: safetensors file with [T,C] features of the class texts, to use in place of
             prompts; with names (metadata ``names``, a JSON list) they are matched to the classes.
     """
+
+    measured_by: type[Measures] = Measures
+    """What is measured; `tasks.measures` has those of all tasks."""
+
+    measures: Measures
+
+    draws: bool = False
+    """Whether the run wants pictures too (``--writer.overlays``)."""
 
     wants_originals: bool = False
     """Whether the task also reads the images at their own size (``Batch.originals``)."""
@@ -117,7 +88,6 @@ class Task(LightningModule):
         self.config = backbone or BackboneConfig()
         self.text_features = text_features
         self.backbone: Backbone
-        self.metrics: dict[str, Metric] = {}
         self.register_buffer("text", None, persistent=False)
 
     @property
@@ -150,7 +120,7 @@ class Task(LightningModule):
         compiled = options.pop("compile")
         batch = self.datamodule.batch_size if compiled else None
         self.backbone = load_backbone(**options, static_batch=batch)
-        self.metrics = self.configure_metrics(self.datamodule.info)
+        self.measures = self.new_measures()
         self.configure_texts()
 
     def check_data(self, datamodule: ShardDataModule) -> None:
@@ -217,29 +187,13 @@ class Task(LightningModule):
             for i in range(len(images))
         ]
 
-    def configure_metrics(self, info: DatasetInfo) -> dict[str, Metric]:
-        """The metrics of this task on this data set, empty."""
-        return {}
-
-    def report(self, metrics: dict[str, Metric], info: DatasetInfo) -> Report:
-        """The numbers of a run, from metrics that hold all its shards."""
-        return Report({})
+    def new_measures(self) -> Measures:
+        """Empty measures of this task on this data set."""
+        return self.measured_by.of(self.info, self.settings())
 
     def on_predict_start(self) -> None:
-        """Keep the metrics where the tokens are; Apple's GPUs have no float64."""
-        device = torch.device("cpu") if self.device.type == "mps" else self.device
-        self.metrics = {name: metric.to(device) for name, metric in self.metrics.items()}
-
-    def pop_metric_state(self) -> dict[str, Tensor]:
-        """States of all metrics since the last call, on the CPU, as ``metric.state`` -> tensor."""
-        states: dict[str, Tensor] = {}
-        for name, metric in self.metrics.items():
-            for key, value in metric.metric_state.items():
-                merged = torch.cat(value) if isinstance(value, list) and value else value
-                if isinstance(merged, Tensor):
-                    states[f"{name}.{key}"] = merged.cpu().clone()
-            metric.reset()
-        return states
+        """Measure where the tokens are; Apple's GPUs have no float64."""
+        self.measures.to(torch.device("cpu") if self.device.type == "mps" else self.device)
 
 
 def offers(info: DatasetInfo) -> frozenset[str]:
@@ -263,27 +217,3 @@ def fitting_datasets(needs: tuple[str, ...]) -> list[str]:
     """DataModules that have all that a task needs."""
     found = (getattr(datamodules, cls) for cls in DATASETS.values())
     return sorted(cls.__name__ for cls in found if offers(cls.info).issuperset(needs))
-
-
-def label_masks(
-    label: Tensor, positives: tuple[int, ...], info: DatasetInfo, *, void: str = "ignore"
-) -> tuple[Tensor, Tensor]:
-    """Foreground of each positive label, and which pixels count at all.
-
-    Args:
-        label: label map [H,W], or masks [P,H,W] in the order of ``positives``.
-        positives: [P] class indices.
-        info: the data set that the label values belong to.
-        void: ``ignore`` leaves void pixels out, ``background`` counts them as background.
-
-    Returns:
-        foreground bool [P,H,W], valid bool broadcastable to it.
-    """
-    if label.ndim == 3:
-        foreground, empty = label == 1, VOID
-    else:
-        empty = info.void
-        values = torch.tensor([info.label_value(i) for i in positives], device=label.device)
-        foreground = label == values.view(-1, 1, 1)
-    valid = label != empty if void == "ignore" else torch.ones_like(label, dtype=torch.bool)
-    return foreground, valid

@@ -10,17 +10,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
 
 from common.errors import InvalidSetting
-from datamodules.samples import Batch, DatasetInfo
+from datamodules.samples import Batch
 from surgery import feature_surgery, similarity, similarity_map
-from surgery.metrics import MeanScoreContrast, ThresholdIoU
 from surgery.visualize import heat_map
-from tasks.base import BackboneConfig, ImageResult, Report, Task, label_masks
-
-RAW = "raw_"
-"""Prefix of the metrics of plain CLIP."""
+from tasks.base import BackboneConfig, Task
+from tasks.measures.explainability import RAW, ExplainabilityMeasures
+from tasks.run.results import ImageResult
 
 KINDS = {"": "map.", RAW: "raw."}
 """How the overlays of either are named."""
@@ -49,6 +46,9 @@ class Explainability(Task):
 
     needs = ("classes",)
 
+    measured_by = ExplainabilityMeasures
+    measures: ExplainabilityMeasures
+
     redundant: Tensor | None
 
     def __init__(
@@ -76,19 +76,7 @@ class Explainability(Task):
     def setup(self, stage: str) -> None:
         """Load the backbone; the images at their own size are only read to be drawn on."""
         super().setup(stage)
-        callbacks = vars(self.trainer).get("callbacks", [])
-        self.wants_originals = any(getattr(c, "overlays", False) for c in callbacks)
-
-    def configure_metrics(self, info: DatasetInfo) -> dict[str, Metric]:
-        """mSC and IoU over thresholds, where there are masks to measure on."""
-        if info.labels != "mask":
-            return {}
-        count = len(info.classes)
-        metrics: dict[str, Metric] = {}
-        for prefix in ("", RAW) if self.baseline else ("",):
-            metrics[f"{prefix}contrast"] = MeanScoreContrast(count)
-            metrics[f"{prefix}iou"] = ThresholdIoU(count)
-        return metrics
+        self.wants_originals = self.draws
 
     def configure_texts(self) -> None:
         """Class texts; a single class is compared with the empty text, there being no other."""
@@ -109,7 +97,7 @@ class Explainability(Task):
             maps = {"": enlarge(scores)}
             if raw and self.text is not None:
                 maps[RAW] = enlarge(similarity(raw[i].patch_tokens, self.text))
-            self._measure(maps, batch.labels[i], shown)
+            self.measures.update(maps, batch.labels[i], shown)
             original = batch.originals[i]
             image = batch.images[i] if original is None else original
             results.append(self._result(batch.keys[i], image, scores[0], tokens.grid, shown, maps))
@@ -119,17 +107,6 @@ class Explainability(Task):
         self, scores: Tensor, shown: tuple[int, ...], grid: tuple[int, int], size: tuple[int, int]
     ) -> Tensor:
         return similarity_map(scores[:, :, list(shown)], grid, size, order=self.order)[0]
-
-    def _measure(
-        self, maps: dict[str, Tensor], label: Tensor | None, shown: tuple[int, ...]
-    ) -> None:
-        if label is None or not self.metrics or not shown:
-            return
-        truth = label_masks(label, shown, self.info, void=self.void)
-        for prefix, values in maps.items():
-            for name in ("contrast", "iou"):
-                classes = torch.tensor(shown, device=values.device)
-                self.metrics[f"{prefix}{name}"].update(values, *truth, classes)
 
     def _similarity(self, patch_tokens: Tensor, class_token: Tensor) -> Tensor:
         assert self.text is not None  # needs = ("classes",)
@@ -167,38 +144,10 @@ class Explainability(Task):
         masks = (maps[""] >= self.threshold).to(torch.uint8).cpu().numpy()
         for index, mask in zip(shown, masks, strict=True):
             members[files[index]] = mask * self.info.label_type(self.info.label_value(index))
+        if not self.draws:  # what draws keeps all the maps in memory until it is written
+            return ImageResult(key, members)
         draw = partial(draw_overlays, image.cpu(), maps, list(files.values()))
         return ImageResult(key, members, draw)
-
-    def report(self, metrics: dict[str, Metric], info: DatasetInfo) -> Report:
-        """mIoU at the best threshold and mSC, with the class-wise numbers."""
-        if not metrics:
-            return Report({})
-        means, columns, iou = _means(metrics, "")
-        return Report(
-            metrics=means,
-            baseline=_means(metrics, RAW)[0] if self.baseline else {},
-            per_class={
-                name: {column: float(values[i]) for column, values in columns.items()}
-                for i, name in enumerate(info.classes)
-            },
-            details={
-                "threshold": iou.best_threshold(),
-                "mIoU_at_fixed_threshold": float(iou.at(self.threshold)),
-                "mIoU_per_image": float(iou.compute_per_image()),
-                "mIoU_all_foreground": float(iou.at(0.0)),
-            },
-        )
-
-
-def _means(
-    metrics: dict[str, Metric], prefix: str
-) -> tuple[dict[str, float], dict[str, Tensor], ThresholdIoU]:
-    contrast, iou = metrics[f"{prefix}contrast"], metrics[f"{prefix}iou"]
-    assert isinstance(contrast, MeanScoreContrast)
-    assert isinstance(iou, ThresholdIoU)
-    columns = {"IoU": iou.per_class(), "SC": contrast.per_class(), "images": iou.images}
-    return {f"m{name}": float(columns[name].nanmean()) for name in ("IoU", "SC")}, columns, iou
 
 
 def slug(name: str) -> str:

@@ -7,17 +7,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from common.errors import InvalidSetting
 from datamodules.samples import Batch, DatasetInfo
 from datamodules.shards import ShardDataModule
 from surgery import ImageTokens, encode_prompts, feature_surgery
-from surgery.metrics import MaskIoU, PointAccuracy
 from surgery.points import combined_points
 from tasks._sam import PointSegmenter, need_transformers
-from tasks.base import BackboneConfig, ImageResult, Report, Task, label_masks
+from tasks.base import BackboneConfig, Task
 from tasks.explainability import slug
+from tasks.measures.interactive import InteractiveMeasures
+from tasks.run.results import ImageResult
 
 
 class Interactive(Task):
@@ -43,6 +43,9 @@ class Interactive(Task):
     """
 
     needs = ("classes",)
+
+    measured_by = InteractiveMeasures
+    measures: InteractiveMeasures
 
     empty: Tensor | None
     """[1,C] feature of the empty text."""
@@ -93,14 +96,6 @@ class Interactive(Task):
         else:
             self.empty = self.backbone.encode_text(self.backbone.tokenizer([""]))
 
-    def configure_metrics(self, info: DatasetInfo) -> dict[str, Metric]:
-        """Accuracy of points, and IoU of SAM's masks, where there are masks to measure on."""
-        if info.labels != "mask":
-            return {}
-        count = len(info.classes)
-        metrics: dict[str, Metric] = {"points": PointAccuracy(count)}
-        return metrics if self.sam is None else metrics | {"iou": MaskIoU(count)}
-
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
         """Points, and masks with SAM, of the positive labels of each image."""
         if not batch.keys:
@@ -111,14 +106,7 @@ class Interactive(Task):
             shown = tuple(range(len(self.info.classes))) if positives is None else positives
             prompts = [self.points(tokens, index, batch.sizes[i]) for index in shown]
             masks = self._masks(batch.originals[i], prompts)
-            label = batch.labels[i]
-            if label is not None and self.metrics and shown:
-                foreground, valid = (part.cpu() for part in label_masks(label, shown, self.info))
-                for p, index in enumerate(shown):
-                    truth = foreground[p], valid.expand_as(foreground)[p], index
-                    self.metrics["points"].update(*prompts[p], *truth)
-                    if masks:
-                        self.metrics["iou"].update(masks[p][0], *truth)
+            self.measures.update(prompts, [mask for mask, _ in masks], batch.labels[i], shown)
             results.append(self._result(batch.keys[i], batch.sizes[i], shown, prompts, masks))
         return results
 
@@ -169,28 +157,6 @@ class Interactive(Task):
                 entry |= {"mask": file, "score": round(score, 6)}
             found[self.info.classes[index]] = entry
         return ImageResult(key, members)
-
-    def report(self, metrics: dict[str, Metric], info: DatasetInfo) -> Report:
-        """Point accuracy, and mIoU of SAM's masks, with the class-wise numbers."""
-        points, iou = metrics.get("points"), metrics.get("iou")
-        if not isinstance(points, PointAccuracy):
-            return Report({})
-        values = {"point_accuracy": float(points.of(0, 1))}
-        columns = {"point_accuracy": points.per_class(), "points": points.points.sum(1)}
-        if isinstance(iou, MaskIoU):
-            values["mIoU"] = float(iou.per_class().nanmean())
-            columns |= {"IoU": iou.per_class(), "images": iou.images}
-        return Report(
-            metrics=values,
-            per_class={
-                name: {column: float(numbers[i]) for column, numbers in columns.items()}
-                for i, name in enumerate(info.classes)
-            },
-            details={
-                "positive_point_accuracy": float(points.of(1)),
-                "negative_point_accuracy": float(points.of(0)),
-            },
-        )
 
 
 def texts_of(info: DatasetInfo) -> list[list[str]]:

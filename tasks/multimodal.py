@@ -8,30 +8,16 @@ from typing import Any
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
 
-from datamodules.samples import Batch, DatasetInfo
+from datamodules.samples import Batch
 from surgery import feature_surgery, similarity, similarity_map
-from surgery.metrics import TokenRanks
-from surgery.sources import load_tokenizer
-from surgery.tokens import (
-    END,
-    START,
-    piece,
-    rank_tokens,
-    readable,
-    token_similarity,
-    tokenise,
-)
+from surgery.tokens import rank_tokens, readable, token_similarity, tokenise
 from surgery.towers import ImageTokens
 from surgery.visualize import heat_map
 from tasks._captions import caption_strip
-from tasks._tables import Cell, Table
-from tasks.base import BackboneConfig, ImageResult, Report, Task
-
-TOP = 3
-RANKS = ("first", "second", "third")
-REPORTED = 20
+from tasks.base import BackboneConfig, Task
+from tasks.measures.multimodal import TOP, MultimodalMeasures
+from tasks.run.results import ImageResult
 
 
 class Multimodal(Task):
@@ -49,6 +35,9 @@ class Multimodal(Task):
 
     needs = ("captions",)
 
+    measured_by = MultimodalMeasures
+    measures: MultimodalMeasures
+
     empty: Tensor | None
     """[1,C] feature of the empty text."""
 
@@ -61,10 +50,6 @@ class Multimodal(Task):
         """Captions come with the images; only the empty text is known before."""
         tokenizer = self.backbone.tokenizer
         self.empty = self.backbone.encode_text(tokenizer([""]).to(self.backbone.device))
-
-    def configure_metrics(self, info: DatasetInfo) -> dict[str, Metric]:
-        """How often each token is among the best three."""
-        return {"tokens": TokenRanks(TOP)}
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
         """Scores and ranks of each caption's tokens, and the map of the best one."""
@@ -82,7 +67,7 @@ class Multimodal(Task):
             ids, words = texts.ids[i, : texts.lengths[i]], features[i, : texts.lengths[i]]
             scores = token_similarity(tokens.class_token, words[None])[0]
             order = rank_tokens(scores)
-            self.metrics["tokens"].update(ids[order.cpu()], self.backbone.model.vocab_size)
+            self.measures.update(ids[order.cpu()], self.backbone.model.vocab_size)
             found = self._similarity(tokens, words[order[:1]])[0, :, 0]
             record = {
                 "key": batch.keys[i],
@@ -92,7 +77,8 @@ class Multimodal(Task):
                 "scores": [round(score, 6) for score in scores.tolist()],
                 "ranks": (order.argsort() + 1).tolist(),
             }
-            results.append(_result(record, found, tokens.grid, batch.images[i], batch.sizes[i]))
+            image = batch.images[i] if self.draws else None
+            results.append(_result(record, found, tokens.grid, image, batch.sizes[i]))
         return results
 
     def _similarity(self, tokens: ImageTokens, text: Tensor) -> Tensor:
@@ -100,52 +86,29 @@ class Multimodal(Task):
             return similarity(tokens.patch_tokens, text)
         return feature_surgery(tokens.patch_tokens, tokens.class_token, text, redundant=self.empty)
 
-    def report(self, metrics: dict[str, Metric], info: DatasetInfo) -> Report:
-        """How often each token ranks first to third, and [end]'s share of these ranks."""
-        ranks = metrics["tokens"]
-        assert isinstance(ranks, TokenRanks)
-        tokenizer = self._tokenizer()
-        ids = tokenizer([""])[0]
-        start, end = int(ids[0]), int(ids.max())
-        special = {start: START, end: END}
-        rows: list[tuple[Cell, ...]] = [
-            (special.get(token) or piece(tokenizer, token), *counts)
-            for token, counts in ranks.seen()
-        ]
-        shares = zip(RANKS, ranks.share(end).tolist(), strict=True)
-        return Report(
-            metrics={f"end_{rank}": share for rank, share in shares},
-            details={
-                "captions": int(ranks.texts),
-                "tokens": {
-                    str(row[0]): dict(zip(RANKS, row[1:], strict=True)) for row in rows[:REPORTED]
-                },
-            },
-            tables={"tokens": Table(("token", *RANKS), rows)},
-        )
-
-    def _tokenizer(self) -> Any:
-        backbone = getattr(self, "backbone", None)  # none where a run's metrics are recomputed
-        return backbone.tokenizer if backbone else load_tokenizer(self.config.model)
-
 
 def _result(
     record: dict[str, Any],
     found: Tensor,
     grid: tuple[int, int],
-    image: Tensor,
+    image: Tensor | None,
     size: tuple[int, int],
 ) -> ImageResult:
-    """Files and the table's row of an image uint8 [3,S,S'] with its best token's similarity [N]."""
+    """Files and the table's row of an image with its best token's similarity [N].
+
+    The image, uint8 [3,S,S'], is only given where it is to be drawn.
+    """
     tokens, ranks = record["tokens"], record["ranks"]
     best = [ranks.index(rank) for rank in range(1, min(TOP, len(ranks)) + 1)]
     members = {
         "map.npy": found.unflatten(0, grid).half().cpu().numpy(),
         "json": {**record, "best": tokens[best[0]], "size": list(size), "grid": list(grid)},
     }
+    row = {name: value for name, value in record.items() if name != "key"}
+    if image is None:
+        return ImageResult(record["key"], members, rows={"tokens": row})
     values = similarity_map(found[None, :, None], grid, size)[0, 0]
     draw = partial(draw_figure, image.cpu(), values.cpu(), tokens, best)
-    row = {name: value for name, value in record.items() if name != "key"}
     return ImageResult(record["key"], members, draw, {"tokens": row})
 
 

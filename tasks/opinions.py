@@ -8,18 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from common.errors import InvalidSetting
-from datamodules.samples import VOID, Batch, DatasetInfo
+from datamodules.samples import VOID, Batch
 from surgery import encode_prompts, feature_surgery, similarity_map
-from surgery.metrics import ClassMean, WordCounts
 from surgery.opinions import Ascent, ascend, mean_feature, seed_from, views, word_frequencies
-from tasks._tables import Table
-from tasks.base import BackboneConfig, ImageResult, Report, Task
+from tasks.base import BackboneConfig, Task
 from tasks.explainability import draw_overlays, slug
-
-LONGEST = 100
+from tasks.measures.opinions import OpinionsMeasures
+from tasks.run.results import ImageResult
 
 
 class Opinions(Task):
@@ -78,6 +75,9 @@ class Opinions(Task):
         self.explained = explained
         self.register_buffer("empty", None, persistent=False)
 
+    measured_by = OpinionsMeasures
+    measures: OpinionsMeasures
+
     empty: Tensor | None
     """[1,C] feature of the empty text, for images of which there is a single word."""
 
@@ -85,10 +85,6 @@ class Opinions(Task):
         """The words are found image by image; only the empty text is known before."""
         tokenizer = self.backbone.tokenizer
         self.empty = self.backbone.encode_text(tokenizer([""]).to(self.backbone.device))
-
-    def configure_metrics(self, info: DatasetInfo) -> dict[str, Metric]:
-        """The words, and how near the best sequence comes to its image."""
-        return {"words": WordCounts(), "score": ClassMean(1)}
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
         """Words of each image, and maps of the most frequent."""
@@ -112,8 +108,7 @@ class Opinions(Task):
             micro_batch=self.micro_batch,
         )
         frequencies = word_frequencies(self.backbone.tokenizer, ascent.ids[self.steps // 2 :])
-        self.metrics["words"].update(frequencies)
-        self.metrics["score"].update(ascent.scores.max()[None], torch.tensor([0]))
+        self.measures.update(frequencies, ascent.scores.max())
         record = {
             "key": key,
             "frequencies": frequencies,
@@ -136,9 +131,10 @@ class Opinions(Task):
             },
             **dict(zip(files, masks, strict=True)),
         }
-        return ImageResult(
-            key, members, partial(draw_overlays, image.cpu(), {"": maps.cpu()}, files)
-        )
+        if not self.draws:
+            return ImageResult(key, members)
+        draw = partial(draw_overlays, image.cpu(), {"": maps.cpu()}, files)
+        return ImageResult(key, members, draw)
 
     def _best_texts(self, ascent: Ascent) -> list[dict[str, Any]]:
         """Each sequence at the best of its steps, the best sequence first."""
@@ -155,25 +151,3 @@ class Opinions(Task):
         redundant = self.empty if len(words) == 1 else None
         scores = feature_surgery(tokens.patch_tokens, tokens.class_token, text, redundant=redundant)
         return scores, tokens.grid
-
-    def report(self, metrics: dict[str, Metric], info: DatasetInfo) -> Report:
-        """The mean of the images' best cosines, all words, and the longest of them."""
-        words, score = metrics["words"], metrics["score"]
-        assert isinstance(words, WordCounts)
-        assert isinstance(score, ClassMean)
-        found = words.found()
-        common = sorted(found, key=lambda word: (-found[word][0], -found[word][1], word))
-        longest = sorted(found, key=lambda word: (-len(word), word))[:LONGEST]
-        return Report(
-            metrics={"best_cosine": float(score.mean())},
-            details={"words": len(found), "longest_words": longest[:20]},
-            tables={
-                "words": Table(
-                    ("word", "images", "times"), [(word, *found[word]) for word in common]
-                ),
-                "longest_words": Table(
-                    ("word", "letters", "images"),
-                    [(word, len(word), found[word][0]) for word in longest],
-                ),
-            },
-        )

@@ -7,17 +7,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from common.errors import InvalidSetting
-from datamodules.samples import Batch, DatasetInfo
+from datamodules.samples import Batch
 from datamodules.shards import ShardDataModule
 from surgery import feature_surgery, similarity
-from surgery.metrics import MeanAveragePrecision
-from tasks.base import BackboneConfig, ImageResult, Report, Task
-
-METRICS = {"surgery": "mAP", "softmax": "mAP_softmax", "cosine": "mAP_cosine"}
-"""Each way of scoring, and what its metric is called."""
+from tasks.base import BackboneConfig, Task
+from tasks.measures.recognition import RecognitionMeasures
+from tasks.run.results import ImageResult
 
 TABLES = {"surgery": "scores", "softmax": "scores_softmax", "cosine": "scores_cosine"}
 """The parquet file that each way's scores go to."""
@@ -57,6 +54,9 @@ class Recognition(Task):
 
     needs = ("classes", "positives")
 
+    measured_by = RecognitionMeasures
+    measures: RecognitionMeasures
+
     def __init__(
         self,
         backbone: BackboneConfig | None = None,
@@ -74,10 +74,6 @@ class Recognition(Task):
         if len(datamodule.info.classes) < 2:
             raise InvalidSetting("Recognition compares classes: it needs a data set of two or more")
 
-    def configure_metrics(self, info: DatasetInfo) -> dict[str, Metric]:
-        """One mAP for each way of scoring."""
-        return {way: MeanAveragePrecision(len(info.classes)) for way in METRICS}
-
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
         """Scores of all classes, three ways, for each image."""
         if not batch.keys:
@@ -89,8 +85,8 @@ class Recognition(Task):
         for i in known:
             truth[i, list(batch.positives[i] or ())] = True
         truth = truth.to(self.device)
-        for way, metric in self.metrics.items():
-            metric.update(scores[way][known], truth[known])
+        labelled = {way: values[known] for way, values in scores.items()}
+        self.measures.update(labelled, truth[known])
         written = {way: values.float().cpu().numpy() for way, values in scores.items()}
         return [
             self._result(key, {way: values[i] for way, values in written.items()}, truth[i])
@@ -122,30 +118,3 @@ class Recognition(Task):
             TABLES[way]: dict(zip(names, values, strict=True)) for way, values in scores.items()
         }
         return ImageResult(key, members, rows=rows)
-
-    def report(self, metrics: dict[str, Metric], info: DatasetInfo) -> Report:
-        """mAP each way, AP of each class; classes without positives are named and left out."""
-        found = {way: m for way, m in metrics.items() if isinstance(m, MeanAveragePrecision)}
-        precision = {way: metric.per_class() for way, metric in found.items()}
-        positives = found["surgery"].positives().tolist()
-        values = {METRICS[way]: float(column.nanmean()) for way, column in precision.items()}
-        per_class = {
-            name: {
-                METRICS[way].removeprefix("m"): float(column[i])
-                for way, column in precision.items()
-            }
-            | {"positives": float(positives[i])}
-            for i, name in enumerate(info.classes)
-        }
-        return Report(
-            metrics=values,
-            per_class=per_class,
-            baseline={"mAP": values["mAP_softmax"]},
-            details={
-                "form": self.form,
-                "images_with_labels": sum(len(part) for part in found["surgery"].truth),
-                "classes_without_positives": [
-                    name for name, count in zip(info.classes, positives, strict=True) if not count
-                ],
-            },
-        )

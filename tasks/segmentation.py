@@ -9,14 +9,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
 
 from common.errors import InvalidSetting
 from datamodules.samples import VOID, Batch, DatasetInfo
 from datamodules.shards import ShardDataModule
-from surgery.metrics import Confusion
 from surgery.views import best_text, cut_views, view_similarities
-from tasks.base import BackboneConfig, ImageResult, Report, Task
+from tasks.base import BackboneConfig, Task
+from tasks.measures.segmentation import SegmentationMeasures
+from tasks.run.results import ImageResult
 
 
 class Segmentation(Task):
@@ -47,6 +47,9 @@ class Segmentation(Task):
     """
 
     needs = ("classes",)
+
+    measured_by = SegmentationMeasures
+    measures: SegmentationMeasures
 
     values: Tensor
     """[T] label value that each word stands for."""
@@ -114,12 +117,6 @@ class Segmentation(Task):
         values = [value for value, group in self.wording(self.info) for _ in group]
         self.values = torch.tensor(values)
 
-    def configure_metrics(self, info: DatasetInfo) -> dict[str, Metric]:
-        """The confusion matrix, where there is a truth."""
-        if info.labels != "mask":
-            return {}
-        return {"confusion": Confusion(len(info.classes) + self.has_background(info))}
-
     def sees_one_size(self, datamodule: ShardDataModule) -> bool:
         """Windows have one size whatever the images have."""
         return bool(self.tile or self.window) or super().sees_one_size(datamodule)
@@ -134,7 +131,6 @@ class Segmentation(Task):
         views = [cut_views(size, window, stride) for size in sizes]
         scores = view_similarities(self.backbone, images, views, self.text)
         scale = None if self.prob_thd is None else self.logit_scale
-        first = 0 if self.has_background(self.info) else self.info.label_value(0)
         results = []
         for i, key in enumerate(batch.keys):
             word, probability = best_text(
@@ -143,10 +139,7 @@ class Segmentation(Task):
             predicted = self.values[word]
             if probability is not None and self.prob_thd is not None:
                 predicted = predicted.where(probability >= self.prob_thd, 0)
-            label, positives = batch.labels[i], batch.positives[i]
-            if label is not None and "confusion" in self.metrics:
-                truth = truth_map(label, positives or (), self.info)
-                self.metrics["confusion"].update(predicted - first, truth - first)
+            self.measures.update(predicted, batch.labels[i], batch.positives[i] or ())
             results.append(self._result(key, images[i], predicted, len(views[i])))
         return results
 
@@ -166,54 +159,10 @@ class Segmentation(Task):
                 "views": views,
             },
         }
+        if not self.draws:
+            return ImageResult(key, members)
         draw = partial(draw_labels, image.cpu(), members["label.png"], self.info.flat_palette())
         return ImageResult(key, members, draw)
-
-    def report(self, metrics: dict[str, Metric], info: DatasetInfo) -> Report:
-        """mIoU and pixel accuracy of the whole data set, and each class's numbers."""
-        confusion = metrics.get("confusion")
-        if not isinstance(confusion, Confusion):
-            return Report({})
-        columns = {
-            "IoU": confusion.per_class(),
-            "accuracy": confusion.per_class_accuracy(),
-            "pixels": confusion.pixels(),
-        }
-        names = (["background"] if self.has_background(info) else []) + list(info.classes)
-        return Report(
-            metrics={
-                "mIoU": float(columns["IoU"].nanmean()),
-                "pixel_accuracy": float(confusion.pixel_accuracy()),
-            },
-            per_class={
-                name: {column: float(values[i]) for column, values in columns.items()}
-                for i, name in enumerate(names)
-            },
-            details={
-                "mean_accuracy": float(columns["accuracy"].nanmean()),
-                "background_is_a_class": self.has_background(info),
-            },
-        )
-
-
-def truth_map(label: Tensor, positives: tuple[int, ...], info: DatasetInfo) -> Tensor:
-    """Label values int64 [H,W] of a truth, -1 where void.
-
-    Args:
-        label: label map [H,W], or masks [P,H,W] in the order of ``positives``. Of masks, pixels that
-            several claim are void, and those that none claims and none calls void are background.
-        positives: [P] class indices.
-        info: the data set that the label values belong to.
-    """
-    if label.ndim == 2:
-        truth = label.long()
-        return truth.where(truth != info.void, -1)
-    truth = torch.full(label.shape[1:], 0 if info.background else -1, device=label.device)
-    truth[(label == VOID).any(0)] = -1
-    claims = (label == 1).sum(0)
-    for index, mask in zip(positives, label, strict=True):
-        truth[(mask == 1) & (claims == 1)] = info.label_value(index)
-    return truth.where(claims < 2, -1)
 
 
 def draw_labels(image: Tensor, labels: np.ndarray, palette: list[int]) -> dict[str, np.ndarray]:

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from common.errors import UserError
+
 
 def main(argv: list[str]) -> int:
     """Run ``lightning metrics``; returns the exit code."""
@@ -16,15 +18,14 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     folder = parser.parse_args(argv).run
-    from tasks._output import RunError
-    from tasks._progress import print_report
-    from tasks.summary import read_run, summarise
+    from tasks.run import Run
+    from tasks.run.terminal import print_report
 
     try:
-        task, info = read_run(folder)
-        summarise(folder, task, info)
-    except RunError as error:
+        run = Run.load(folder)
+        run.summarise()
+    except UserError as error:
         print(f"lightning metrics: {error}", file=sys.stderr)
         return 1
-    print_report(folder)
+    print_report(run)
     return 0

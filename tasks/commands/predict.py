@@ -24,10 +24,11 @@ from common.errors import UserError
 from datamodules import DATASETS, ShardDataModule
 from tasks import TASKS
 from tasks._configs import with_class_paths, with_paths
-from tasks._output import Stopped
-from tasks._progress import ImageProgress, print_report
+from tasks._progress import ImageProgress
 from tasks.base import Task
-from tasks.writer import ResultWriter
+from tasks.run import Stopped
+from tasks.run.callback import ResultWriter
+from tasks.run.terminal import print_report
 
 _load_yaml = get_loader("yaml")
 set_loader("yaml", lambda text: with_class_paths(_load_yaml(text)), (yaml.YAMLError,))
@@ -67,7 +68,10 @@ def main(argv: list[str]) -> int:
         return 1
     leave_group()
     if cli.trainer.is_global_zero:
-        print_report(cli.writer.output)
+        print_report(cli.writer.run, cli.writer.tally)
+        if failure := cli.writer.tally.verdict():
+            print(f"lightning predict: {failure}", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -25,8 +25,8 @@ from datamodules import _remote
 from datamodules._decode import Decoder
 from surgery.backbone import Backbone
 from surgery.towers.vit import ViT
-from tasks import _output
 from tasks.__main__ import main
+from tasks.run import shard
 from tests.tasks.conftest import members, same_results
 from tests.tasks.test_runs import add, one_thread
 
@@ -48,7 +48,7 @@ def fail_once(monkeypatch, owner, name, error, *, after: int) -> None:
 def test_a_full_disk(finished, command, monkeypatch, tmp_path, capsys):
     run = tmp_path / "run"
     full = OSError(errno.ENOSPC, "No space left on device")
-    fail_once(monkeypatch, _output, "encode", full, after=30)
+    fail_once(monkeypatch, shard, "encode", full, after=30)
     assert main(command(run)) == 1
     assert "disk is full" in capsys.readouterr().err
     assert [p.name for p in run.glob("*.tar")] == ["000000.tar"]
@@ -57,22 +57,22 @@ def test_a_full_disk(finished, command, monkeypatch, tmp_path, capsys):
     assert same_results(finished, run)
 
 
-def test_an_output_folder_that_can_not_be_written(command, tmp_path, capsys):
+def test_anshard_folder_that_can_not_be_written(command, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(command(tmp_path / "file" / "run")) == 1
     assert "file" in capsys.readouterr().err
 
 
-def test_an_output_folder_that_vanishes(finished, command, monkeypatch, tmp_path, capsys):
+def test_anshard_folder_that_vanishes(finished, command, monkeypatch, tmp_path, capsys):
     run = tmp_path / "run"
-    publish = _output.OutputShard.publish
+    publish = shard.OutputShard.publish
 
     def vanish(self, *args):
         shutil.rmtree(run, ignore_errors=True)
         publish(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_output.OutputShard, "publish", vanish)
+        patch.setattr(shard.OutputShard, "publish", vanish)
         assert main(command(run)) == 1
     assert "run" in capsys.readouterr().err
     assert main(command(run)) == 0

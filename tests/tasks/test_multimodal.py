@@ -17,6 +17,7 @@ from datamodules.shapes import INFO, draw_scene
 from surgery import load_backbone
 from tasks import BackboneConfig, Multimodal
 from tasks._captions import COLOURS, caption_strip
+from tasks.measures.multimodal import MultimodalMeasures
 from tests.tasks.conftest import members
 
 END = 49407
@@ -129,7 +130,8 @@ def test_missing_captions_and_images_of_several_sizes(tiny):
     task = Multimodal(BackboneConfig(str(tiny), None))
     task.backbone = load_backbone(str(tiny))
     task.configure_texts()
-    task.metrics = task.configure_metrics(INFO)
+    task.draws = True
+    task.measures = MultimodalMeasures.of(INFO, task.settings())
     images = [torch.zeros(3, 48, 48, dtype=torch.uint8), torch.zeros(3, 48, 64, dtype=torch.uint8)]
     samples = [
         Sample(f"k{i}", image, (96, 120), None, None, caption, {})
@@ -143,4 +145,4 @@ def test_missing_captions_and_images_of_several_sizes(tiny):
     assert record["tokens"][-1] == "[end]"
     assert second.members["map.npy"].shape == (6, 8)
     assert second.overlays()["caption.jpg"].shape[1] == 240
-    assert task.report(task.metrics, INFO).details["captions"] == 1
+    assert task.measures.report().details["captions"] == 1

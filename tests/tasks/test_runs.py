@@ -89,7 +89,7 @@ def test_other_content_under_the_same_names_is_refused(finished, scenes, command
     shutil.copy(shards / "000001.tar", shards / "000000.tar")
     run = shutil.copytree(finished, tmp_path / "run")
     assert main(command(run, f"--data.shards={shards}")) == 1
-    assert "results of another shard 000000" in capsys.readouterr().err
+    assert "the pictures of shard 000000 have changed" in capsys.readouterr().err
     (run / "000000.tar").unlink()
     assert main(command(run, f"--data.shards={shards}")) == 0
 
@@ -137,11 +137,15 @@ def test_too_many_bad_samples_stop_the_run(scenes, command, tmp_path, capsys):
     assert len((run / "errors.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_cut_shard_is_not_published_as_if_complete(scenes, predict, tmp_path):
+def test_a_cut_shard_is_not_published_as_if_complete(scenes, predict, command, tmp_path, capsys):
     folder = shutil.copytree(scenes, tmp_path / "shards")
     data = (scenes / "000001.tar").read_bytes()
     (folder / "000001.tar").write_bytes(data[: len(data) // 2])
-    run = predict(tmp_path / "run", f"--data.shards={folder}")
+    run = tmp_path / "run"
+    assert main(command(run, f"--data.shards={folder}")) == 1
+    shown = capsys.readouterr()
+    assert "1 of 4 shards are missing" in shown.err
+    assert "14 images, 1 errors" in shown.out
     assert not (run / "000001.tar").exists()
     (error,) = map(json.loads, (run / "errors.jsonl").read_text().splitlines())
     assert error["shard"] == "000001"

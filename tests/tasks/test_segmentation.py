@@ -16,7 +16,7 @@ from datamodules.shapes import NOUNS
 from surgery import encode_prompts, load_backbone
 from tasks import Segmentation
 from tasks.__main__ import main
-from tasks.segmentation import truth_map
+from tasks.measures.segmentation import truth_map
 from tests.tasks.conftest import members
 
 

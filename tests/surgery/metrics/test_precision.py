@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from surgery.metrics import MeanAveragePrecision
-from tasks.summary import merge_states
+from tasks.measures import Measures
 
 
 def samples(rows: int = 60, classes: int = 5) -> tuple[np.ndarray, np.ndarray]:
@@ -54,7 +54,7 @@ def test_states_of_shards_merge_also_with_an_empty_one():
     for part in (slice(20), slice(0, 0), slice(20, 60)):
         state = filled(part).metric_state
         stored = {f"map.{k}": torch.cat(v) for k, v in state.items() if part.stop}
-        merge_states(merged, stored)
+        Measures(merged).merge(stored)
     torch.testing.assert_close(
         merged["map"].per_class(), filled(slice(None)).per_class(), equal_nan=True, rtol=0, atol=0
     )

@@ -1,54 +1,27 @@
-"""Tables of a run's numbers: as csv, and as a plot where matplotlib is installed."""
+"""Tables of a run's numbers on disk: as csv, and as a plot where matplotlib is installed."""
 
 from __future__ import annotations
 
-import csv
 import io
 import logging
-import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from tasks._files import write_atomically
+from common.files import csv_text, is_nan, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from tasks.measures import Table
+
 log = logging.getLogger(__name__)
-
-Cell = str | int | float
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table, written as ``NAME.csv``.
-
-    Args:
-        columns: their names.
-        rows: one value a column; NaN is left empty.
-        plot: how ``NAME.png`` shows all columns over the first one: ``lines``, ``bars`` or not.
-        label: what the values are, with their unit, on the plot's axis.
-    """
-
-    columns: tuple[str, ...]
-    rows: list[tuple[Cell, ...]]
-    plot: Literal["lines", "bars"] | None = None
-    label: str = ""
-
-    def csv(self) -> str:
-        """The table as text."""
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(self.columns)
-        writer.writerows([["" if _missing(cell) else cell for cell in row] for row in self.rows])
-        return buffer.getvalue()
 
 
 def write_tables(folder: Path, tables: dict[str, Table]) -> None:
     """Write ``NAME.csv`` of each table, and ``NAME.png`` of those that have a plot."""
     for name, table in tables.items():
-        write_atomically(folder / f"{name}.csv", table.csv())
+        rows = (["" if is_nan(cell) else cell for cell in row] for row in table.rows)
+        write_atomically(folder / f"{name}.csv", csv_text(table.columns, rows))
     plots = {name: table for name, table in tables.items() if table.plot and table.rows}
     if not plots:
         return
@@ -72,7 +45,7 @@ def write_tables(folder: Path, tables: dict[str, Table]) -> None:
 
 
 def _draw(axes: Axes, table: Table) -> None:
-    rows = [row for row in table.rows if not all(map(_missing, row[1:]))]
+    rows = [row for row in table.rows if not all(map(is_nan, row[1:]))]
     first = [row[0] for row in rows]
     places = list(range(len(first)))
     series = len(table.columns) - 1
@@ -90,7 +63,3 @@ def _draw(axes: Axes, table: Table) -> None:
     axes.set_ylabel(table.label)
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
-
-
-def _missing(cell: Cell) -> bool:
-    return isinstance(cell, float) and math.isnan(cell)

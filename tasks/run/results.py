@@ -1,15 +1,29 @@
-"""Results to bytes, and bytes to disk: atomic, with the same bytes for the same results."""
+"""Results to bytes: the same bytes for the same results."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+
+
+class ImageResult(NamedTuple):
+    """What a task says of one image; the run turns it into files.
+
+    ``members``: file ending -> array (``*.npy``), label values uint8 [H,W] (``*.png``), or dict
+    (``json``). ``overlays``: the same for pictures uint8 [H,W,3] (``*.jpg``) that are only drawn when
+    the run wants them. ``rows``: table name -> this image's row in it, column -> value; the run
+    makes one parquet file a table and shard, with the column ``key`` in front.
+    """
+
+    key: str
+    members: dict[str, Any]
+    overlays: Callable[[], dict[str, np.ndarray]] | None = None
+    rows: dict[str, dict[str, Any]] | None = None
 
 
 def encode(ending: str, value: Any, palette: list[int]) -> bytes:
@@ -47,10 +61,3 @@ def encode_table(rows: list[dict[str, Any]]) -> bytes:
     sink = pyarrow.BufferOutputStream()
     parquet.write_table(pyarrow.Table.from_pylist(rows), sink, compression="zstd")
     return sink.getvalue().to_pybytes()
-
-
-def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write a file that is either the old or the new one at any moment."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(data.encode() if isinstance(data, str) else data)
-    partial.replace(path)

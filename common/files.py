@@ -1,0 +1,41 @@
+"""Files written so that they are whole or not there, and the small encodings that all wings share."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write a file that is either the old or the new one at any moment."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(data.encode() if isinstance(data, str) else data)
+    partial.replace(path)
+
+
+def finite(value: Any) -> Any:
+    """``value`` (of dicts, lists and numbers) with NaN as None: JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if is_nan(value) else value
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table as csv."""
+    buffer = io.StringIO()
+    table = csv.writer(buffer, lineterminator="\n")
+    table.writerow(columns)
+    table.writerows(rows)
+    return buffer.getvalue()
+
+
+def is_nan(value: Any) -> bool:
+    """Whether ``value`` is a number that is none."""
+    return isinstance(value, float) and math.isnan(value)

@@ -1,0 +1,146 @@
+"""A task's measures and the report that they give."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from typing_extensions import Self
+
+from datamodules.samples import VOID, DatasetInfo
+
+Cell = str | int | float
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a run's numbers, written as ``NAME.csv``.
+
+    Args:
+        columns: their names.
+        rows: one value a column; NaN is left empty.
+        plot: how ``NAME.png`` shows all columns over the first one: ``lines``, ``bars`` or not.
+        label: what the values are, with their unit, on the plot's axis.
+    """
+
+    columns: tuple[str, ...]
+    rows: list[tuple[Cell, ...]]
+    plot: Literal["lines", "bars"] | None = None
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The numbers of a run.
+
+    Args:
+        metrics: name -> value over the whole run; fractions.
+        per_class: class name -> column -> value.
+        baseline: the same metrics of plain CLIP, where it was measured beside.
+        details: what else is worth knowing, such as the best threshold.
+        tables: file name without ending -> what is written as csv beside, some with a plot.
+    """
+
+    metrics: dict[str, float]
+    per_class: dict[str, dict[str, float]] = field(default_factory=dict)
+    baseline: dict[str, float] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, Table] = field(default_factory=dict)
+
+
+class Measures:
+    """What a task measures: metrics that are updated image by image, and their report.
+
+    A subclass makes its metrics in the constructor, whose arguments are the data set and those of the
+    task's settings, by name, that change what is measured; it adds ``report`` and the updates that its
+    task calls. The base measures nothing.
+
+    Args:
+        metrics: name, as their states are stored under -> metric.
+    """
+
+    def __init__(self, metrics: Mapping[str, Metric] | None = None) -> None:
+        self.metrics = dict(metrics or {})
+
+    @classmethod
+    def of(cls, info: DatasetInfo, settings: Mapping[str, Any]) -> Self:
+        """Empty measures on a data set, with those of a task's settings that they depend on.
+
+        Raises:
+            KeyError: a setting is missing.
+        """
+        _, *names = inspect.signature(cls).parameters
+        return cls(info, **{name: settings[name] for name in names})  # type: ignore[arg-type]  # a subclass
+
+    def report(self) -> Report:
+        """The numbers of all images so far."""
+        return Report({})
+
+    def to(self, device: torch.device) -> None:
+        """Keep the metrics on a device."""
+        for metric in self.metrics.values():
+            metric.to(device)
+
+    def pop(self) -> dict[str, Tensor]:
+        """States of all metrics since the last call, on the CPU, as ``metric.state`` -> tensor."""
+        states: dict[str, Tensor] = {}
+        for name, metric in self.metrics.items():
+            for key, value in metric.metric_state.items():
+                merged = torch.cat(value) if isinstance(value, list) and value else value
+                if isinstance(merged, Tensor):
+                    states[f"{name}.{key}"] = merged.cpu().clone()
+            metric.reset()
+        return states
+
+    def merge(self, states: Mapping[str, Tensor]) -> None:
+        """Add states that `pop` gave."""
+        for name, metric in self.metrics.items():
+            prefix = f"{name}."
+            part = {k.removeprefix(prefix): v for k, v in states.items() if k.startswith(prefix)}
+            if part:
+                # A list that stayed empty was not stored.
+                lists = {
+                    key: [part[key]] if key in part else []
+                    for key, value in metric.metric_state.items()
+                    if isinstance(value, list)
+                }
+                metric.merge_state(part | lists)
+
+
+def label_masks(
+    label: Tensor, positives: tuple[int, ...], info: DatasetInfo, *, void: str = "ignore"
+) -> tuple[Tensor, Tensor]:
+    """Foreground of each positive label, and which pixels count at all.
+
+    Args:
+        label: label map [H,W], or masks [P,H,W] in the order of ``positives``.
+        positives: [P] class indices.
+        info: the data set that the label values belong to.
+        void: ``ignore`` leaves void pixels out, ``background`` counts them as background.
+
+    Returns:
+        foreground bool [P,H,W], valid bool broadcastable to it.
+    """
+    if label.ndim == 3:
+        foreground, empty = label == 1, VOID
+    else:
+        empty = info.void
+        values = torch.tensor([info.label_value(i) for i in positives], device=label.device)
+        foreground = label == values.view(-1, 1, 1)
+    valid = label != empty if void == "ignore" else torch.ones_like(label, dtype=torch.bool)
+    return foreground, valid
+
+
+def by_class(
+    names: tuple[str, ...] | list[str], columns: Mapping[str, Tensor]
+) -> dict[str, dict[str, float]]:
+    """Columns of numbers, one [K] tensor each, as class name -> column -> number."""
+    return {
+        name: {column: float(values[i]) for column, values in columns.items()}
+        for i, name in enumerate(names)
+    }

@@ -1,0 +1,56 @@
+"""What Recognition measures: mAP of each way of scoring (Tables 3 and 6 of the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from datamodules.samples import DatasetInfo
+from surgery.metrics import MeanAveragePrecision
+from tasks.measures.base import Measures, Report, by_class
+
+METRICS = {"surgery": "mAP", "softmax": "mAP_softmax", "cosine": "mAP_cosine"}
+"""Each way of scoring, and what its metric is called."""
+
+
+class RecognitionMeasures(Measures):
+    """One mAP for each way of scoring.
+
+    Args:
+        info: the data set.
+        form: of feature surgery, for the record.
+    """
+
+    def __init__(self, info: DatasetInfo, form: str) -> None:
+        self.info = info
+        self.form = form
+        self.precision = {way: MeanAveragePrecision(len(info.classes)) for way in METRICS}
+        super().__init__(self.precision)
+
+    def update(self, scores: Mapping[str, Tensor], truth: Tensor) -> None:
+        """Add images: way -> scores [B,K], and which classes they show, bool [B,K]."""
+        for way, metric in self.precision.items():
+            metric.update(scores[way], truth)
+
+    def report(self) -> Report:
+        """mAP each way, AP of each class; classes without positives are named and left out."""
+        columns = {way: metric.per_class() for way, metric in self.precision.items()}
+        counted = self.precision["surgery"]
+        positives = counted.positives()
+        values = {METRICS[way]: float(column.nanmean()) for way, column in columns.items()}
+        names = {METRICS[way].removeprefix("m"): column for way, column in columns.items()}
+        return Report(
+            metrics=values,
+            per_class=by_class(self.info.classes, names | {"positives": positives}),
+            baseline={"mAP": values["mAP_softmax"]},
+            details={
+                "form": self.form,
+                "images_with_labels": sum(len(part) for part in counted.truth),
+                "classes_without_positives": [
+                    name
+                    for name, count in zip(self.info.classes, positives.tolist(), strict=True)
+                    if not count
+                ],
+            },
+        )

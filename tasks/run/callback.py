@@ -1,0 +1,238 @@
+"""Lightning's events as steps of a run: its batches become output shards."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from datamodules.samples import Batch
+from tasks._processes import Processes
+from tasks.base import Task
+from tasks.run.background import Background
+from tasks.run.errors import RunError, Stopped
+from tasks.run.folder import Run
+from tasks.run.results import ImageResult
+from tasks.run.shard import OutputShard, ShardRecord, find_shard, load_states
+from tasks.run.summary import Published, note_loss
+from tasks.run.tolerance import Tally
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = ("clip-surgery-lightning", "torch", "open_clip_torch", "lightning", "pillow")
+
+
+class ResultWriter(BasePredictionWriter):
+    """Writes a run's folder.
+
+    One ``NAME.tar`` (or folder ``NAME/``) an input shard, which appears when the shard is finished,
+    with its metric state inside; at the end ``metrics.json``, ``metrics.csv`` and ``errors.jsonl``. The
+    folder remembers what it is a run of (``run.json``): the same run started again goes on with the
+    shards that are missing, another one is refused.
+
+    Args:
+        output: folder of the run.
+        layout: ``tar`` writes shards, ``files`` a folder of plain files in place of each.
+        overlays: also write heat maps over the images (JPEG).
+        overwrite: replace an earlier run in the folder, once this one is known to be valid.
+    """
+
+    run: Run
+    """What is written to; there from `setup` on."""
+
+    tally: Tally
+    """Samples and shards of this process; at the end, on rank 0, of the whole job."""
+
+    def __init__(
+        self,
+        output: str = "runs/latest",
+        layout: Literal["tar", "files"] = "tar",
+        overlays: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        super().__init__("batch")
+        self.output = Path(output)
+        self.layout = layout
+        self.overlays = overlays
+        self.overwrite = overwrite
+        self.config = ""
+        self._processes = Processes()
+        self._background = Background()  # encodes and writes while the next batch is computed
+        self._shard: OutputShard | None = None
+        self._mine: list[str] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Open the run's folder, and tell the datamodule which shards are finished."""
+        task = _task(pl_module)
+        task.draws = self.overlays
+        data = task.datamodule
+        self._mine = [name for name, _ in data.part_list()]
+        self.tally = Tally(data.max_error_rate, len(self._mine))
+        if trainer.is_global_zero:
+            self.run = Run.open(
+                self.output,
+                self._describe(task),
+                mine=self._mine,
+                part=data.part,
+                parts=data.parts,
+                overwrite=self.overwrite,
+            )
+            if self.run.finished:
+                log.info(
+                    "%d shards are finished already in %s", len(self.run.finished), self.output
+                )
+        self._processes.connect(trainer)
+        opened = (self.run.described, self.run.finished) if trainer.is_global_zero else ({}, [])
+        described, finished = trainer.strategy.broadcast(opened, src=0)
+        if not trainer.is_global_zero:
+            self.run = Run(self.output, described)
+        data.finished = frozenset(finished)
+
+    def _describe(self, task: Task) -> dict[str, Any]:
+        """What ``run.json`` holds, as far as it is known before the weights are loaded."""
+        texts = task.text_features
+        return {
+            "identity": {
+                "task": {"class": type(task).__name__, **task.settings()},
+                "data": task.datamodule.settings(),
+                "texts": sha256(Path(texts).read_bytes()).hexdigest() if texts else None,
+                "writer": {"layout": self.layout, "overlays": self.overlays},
+                "precision": str(task.trainer.precision),
+            },
+            "shards": [name for name, _ in task.datamodule.shard_list()],
+            "contents": task.datamodule.contents(),
+            "info": asdict(task.info),
+            "versions": {name: version(name) for name in _PACKAGES},
+        }
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Now that the weights are known: check them too, and begin."""
+        self._processes.listen(trainer)
+        if trainer.is_global_zero:
+            backbone = _task(pl_module).backbone
+            weights = backbone.checkpoint
+            more = {
+                "identity": {"weights": backbone.fingerprint()},
+                "checkpoint": {**asdict(weights), "sha256": weights.sha256},
+            }
+            self.run.accept(self._mine, more, self.config)
+        self._processes.wait()  # nobody may publish into a folder that rank 0 refuses
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Sequence[ImageResult],
+        batch_indices: Sequence[int] | None,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Add a batch to its output shard; publish the shard with its last batch."""
+        task = _task(pl_module)
+        if batch.errors and task.datamodule.on_error == "raise":
+            error = batch.errors[0]
+            raise RunError(f"shard {error.shard}, sample {error.key!r}: {error.reason}")
+        if batch.errors and not batch.total:
+            self._lose(batch)
+        else:
+            self._write(task, prediction, batch)
+        # A shard that is whole is published before the run stops.
+        signal = self._processes.asked_to_stop or ("SIGTERM" if trainer.received_sigterm else "")
+        if signal:
+            raise Stopped(
+                f"stopped by {signal}; finished shards are kept in {self.output}, run again to go on"
+            )
+        if batch.last and (reason := self.tally.too_much()):
+            if trainer.is_global_zero:
+                self.run.summarise(task.new_measures())
+            raise RunError(f"{reason}; finished shards and errors.jsonl are in {self.output}")
+
+    def _write(self, task: Task, prediction: Sequence[ImageResult], batch: Batch) -> None:
+        if self._shard is None:
+            self._shard = self.run.shard(batch.shard)
+        shard = self._shard
+        if shard.name != batch.shard or shard.position != batch.start:
+            raise RunError(
+                f"shard {shard.name} broke off at sample {shard.position} (then came {batch.shard} at "
+                f"{batch.start}): its file changed while it was read, or a loader failed; run again"
+            )
+        shard.position = batch.end
+        shard.errors += batch.errors
+        self._background.run(partial(shard.add, prediction))
+        if batch.last:
+            states = task.measures.pop()
+            self._background.finish()
+            self._shard = None
+            shard.publish(states)
+            self.tally.add(shard.images, len(shard.errors))
+
+    def _lose(self, batch: Batch) -> None:
+        for error in batch.errors:
+            log.error("shard %s is left out: %s", error.shard, error.reason)
+            note_loss(self.output, error)
+            self.tally.lose(error)
+
+    def _leave(self) -> None:
+        """Drop the unfinished shard, and leave the folder to others."""
+        self._background.drop()
+        if self._shard:
+            self._shard.abandon()
+            self._shard = None
+        if hasattr(self, "run"):
+            self.run.close()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Drop the unfinished shard."""
+        self._leave()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the folder to others."""
+        self._leave()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Merge the states of all shards and write the run's summary, on rank 0."""
+        if self._shard:
+            log.warning("shard %s was not read to its end: it is left out", self._shard.name)
+            self._background.drop()
+            self._shard.abandon()
+            self._shard = None
+        elsewhere = self._fetch_records() if trainer.world_size > 1 else {}
+        if trainer.is_global_zero:
+            _, found = self.run.summarise(_task(pl_module).new_measures(), elsewhere)
+            self.tally = Tally(self.tally.limit, len(self._mine))
+            for name in self._mine:
+                record = found.get(name)
+                if isinstance(record, ShardRecord):
+                    self.tally.add(record.images, len(record.errors))
+                elif record:
+                    self.tally.lose(record)
+
+    def _fetch_records(self) -> dict[str, Published]:
+        """Wait for all ranks; on rank 0, what they hold of shards that its file system doesn't show."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        self._processes.wait()
+        group = self._processes.group
+        missing = [self.run.missing()]
+        dist.broadcast_object_list(missing, src=0, group=group)
+        mine = {n: load_states(p) for n in missing[0] if (p := find_shard(self.output, n))}
+        gathered: list[Any] | None = [None] * world if rank == 0 else None
+        dist.gather_object(mine, gathered, dst=0, group=group)
+        return {name: record for part in gathered or [] for name, record in part.items()}
+
+
+def _task(module: LightningModule) -> Task:
+    if not isinstance(module, Task):
+        raise TypeError(f"the writer needs one of the project's tasks, got {type(module).__name__}")
+    return module

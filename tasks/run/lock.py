@@ -1,0 +1,149 @@
+"""Who works in a run's folder: jobs that would do the same shards keep out of each other's way."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import random
+import socket
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from filelock import lock_descriptor
+
+from tasks.run.errors import RunError
+
+log = logging.getLogger(__name__)
+
+_TRIES = 5  # jobs that begin at the same moment see each other, and all step back
+
+
+@dataclass(frozen=True)
+class Job:
+    """A process that works in a run's folder, on every ``parts``-th shard from ``part`` on."""
+
+    host: str
+    pid: int
+    since: str
+    part: int
+    parts: int
+
+    @classmethod
+    def this(cls, part: int, parts: int) -> Job:
+        """This process."""
+        now = datetime.now().astimezone().isoformat(" ", "seconds")
+        return cls(socket.gethostname(), os.getpid(), now, part, parts)
+
+    def overlaps(self, other: Job) -> bool:
+        """Whether both do some shard, were there enough of them."""
+        return (self.part - other.part) % math.gcd(self.parts, other.parts) == 0
+
+    def __str__(self) -> str:
+        part = f", part {self.part} of {self.parts}" if self.parts > 1 else ""
+        return f"process {self.pid} on {self.host}, since {self.since}{part}"
+
+
+class FolderLock:
+    """A hidden file that says who works in a folder, locked for as long as that process lives.
+
+    The lock is the operating system's: it ends with its process, whatever ends that, and holds
+    between the machines of a shared file system (NFS turns it into one of its own).
+
+    Args:
+        folder: of the run; exists.
+        job: who wants it.
+        alone: refuse every other job, not only those that do the same shards.
+
+    Raises:
+        RunError: another job has the folder; says which.
+    """
+
+    def __init__(self, folder: Path, job: Job, *, alone: bool = False) -> None:
+        self.path = folder / f".job-{uuid.uuid4().hex[:12]}"
+        self._file: int | None = None
+        for turn in range(1, _TRIES + 1):
+            self._enter(job)
+            rivals = [other for other in self.others() if alone or job.overlaps(other)]
+            if not rivals:
+                return
+            self.release()
+            if turn < _TRIES:
+                time.sleep(random.uniform(0.05, 0.2) * turn)
+        raise RunError(
+            f"{folder} is in use by another job ({rivals[0]}): wait until it is done, stop it, or choose "
+            "another --writer.output"
+        )
+
+    def _enter(self, job: Job) -> None:
+        # Locked before it has its name: nobody may take it for one that a dead process left.
+        hidden = self.path.with_name(f"{self.path.name}.partial")
+        self._file = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        _opened.add(self._file)
+        os.write(self._file, json.dumps(asdict(job)).encode())
+        try:
+            lock_descriptor(self._file, blocking=False)
+        except OSError as error:
+            log.warning(
+                "%s can't be locked (%s): see to it that no second run writes there",
+                self.path.parent,
+                error,
+            )
+        hidden.rename(self.path)
+
+    def others(self) -> list[Job]:
+        """The other jobs in the folder that are alive; what dead ones left is removed."""
+        return [
+            job
+            for path in sorted(self.path.parent.glob(".job-*"))
+            if path != self.path and path.suffix != ".partial" and (job := _holder(path))
+        ]
+
+    def release(self) -> None:
+        """Leave the folder."""
+        if self._file is not None:
+            with suppress(OSError):  # its folder may be gone
+                self.path.unlink()
+            _opened.discard(self._file)
+            os.close(self._file)
+            self._file = None
+
+
+def _holder(path: Path) -> Job | None:
+    """The living process that holds a lock file; removes one that nobody holds."""
+    try:
+        file = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return None
+    try:
+        if lock_descriptor(file, blocking=False):
+            path.unlink(missing_ok=True)
+            return None
+        return Job(**json.loads(os.read(file, 1 << 12)))
+    except OSError:  # no locks here: nothing can be known
+        return None
+    except (ValueError, TypeError):  # somebody holds it, whoever that is
+        return Job("an unknown machine", 0, "an unknown time", 0, 1)
+    finally:
+        os.close(file)
+
+
+_opened: set[int] = set()
+"""Lock files that this process has open."""
+
+
+def _forget() -> None:
+    """Close the locks in a process that was forked: loader workers may outlive their parent a little."""
+    for file in _opened:
+        with suppress(OSError):
+            os.close(file)
+    _opened.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,100 @@
+"""A run's summary files, from the records of its published shards merged in shard order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from common.files import csv_text, finite, write_atomically
+from datamodules.samples import SampleError
+from tasks.run.errors import RunError
+from tasks.run.shard import ShardRecord, find_shard, load_states
+from tasks.run.tables import write_tables
+
+if TYPE_CHECKING:
+    from tasks.measures import Measures, Report
+
+Published = tuple[ShardRecord, dict[str, Tensor]]
+"""What a finished shard says of itself, and the states of what was measured on it."""
+
+
+def merge_shards(
+    folder: Path, names: Sequence[str], measures: Measures, elsewhere: Mapping[str, Published]
+) -> dict[str, ShardRecord | SampleError]:
+    """Merge the states of all finished shards into ``measures``, in shard order.
+
+    Args:
+        folder: of the run.
+        names: all shards of the run, in order.
+        measures: empty.
+        elsewhere: what other machines hold, of shards that are not in ``folder``.
+
+    Returns:
+        Shard -> what it says of itself, or why it is missing; nothing for those that are not done.
+    """
+    found: dict[str, ShardRecord | SampleError] = {}
+    for name in names:
+        path = find_shard(folder, name)
+        published = load_states(path) if path else elsewhere.get(name)
+        if published:
+            found[name], states = published
+            measures.merge(states)
+        elif lost := read_loss(folder, name):
+            found[name] = lost
+    return found
+
+
+def note_loss(folder: Path, error: SampleError) -> None:
+    """Write down that a shard can't be read, until it is tried again."""
+    text = json.dumps(list(error), ensure_ascii=False)
+    write_atomically(folder / f"{error.shard}.error.json", text)
+
+
+def read_loss(folder: Path, name: str) -> SampleError | None:
+    """Why a shard could not be read, if that was noted."""
+    path = folder / f"{name}.error.json"
+    try:
+        return SampleError(*json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{path} can't be read ({error}): delete it") from None
+
+
+def write_summary(
+    folder: Path, report: Report, found: Mapping[str, ShardRecord | SampleError], shards: int
+) -> None:
+    """Write ``metrics.json``, ``metrics.csv`` (class-wise), ``errors.jsonl`` and the report's tables."""
+    records = [record for record in found.values() if isinstance(record, ShardRecord)]
+    errors = [
+        error
+        for record in found.values()
+        for error in (record.errors if isinstance(record, ShardRecord) else [record])
+    ]
+    summary = {
+        "metrics": report.metrics,
+        **({"baseline": report.baseline} if report.baseline else {}),
+        "per_class": report.per_class,
+        "details": report.details,
+        "images": sum(record.images for record in records),
+        "errors": len(errors),
+        "shards": {"done": len(records), "of": shards},
+    }
+    write_atomically(folder / "metrics.json", json.dumps(finite(summary), indent=1))
+    write_atomically(folder / "metrics.csv", _classes_csv(report))
+    write_tables(folder, report.tables)
+    lines = (json.dumps(error._asdict(), ensure_ascii=False) for error in errors)
+    write_atomically(folder / "errors.jsonl", "".join(f"{line}\n" for line in lines))
+
+
+def _classes_csv(report: Report) -> str:
+    columns = list(dict.fromkeys(c for values in report.per_class.values() for c in values))
+    classes = (
+        [name, *(values.get(column, "") for column in columns)]
+        for name, values in report.per_class.items()
+    )
+    return csv_text(["class", *columns], [*classes, *report.metrics.items()])
