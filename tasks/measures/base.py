@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from typing_extensions import Self
 
 from datamodules.samples import VOID, DatasetInfo
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Cell = str | int | float
 
