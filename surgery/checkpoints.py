@@ -20,6 +20,10 @@ from common.errors import InvalidSetting
 
 # What OpenAI's archives hold beside weights.
 _NOT_WEIGHTS = frozenset({"input_resolution", "context_length", "vocab_size", "attn_mask"})
+_DTYPES = frozenset(
+    {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+    | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+)
 _CONVERT = (
     "Convert it where you trust it: `torch.save(model.state_dict(), 'weights.pt')`, "
     "or `safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')`."
@@ -32,7 +36,12 @@ class CheckpointError(InvalidSetting):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights read from a file. `openai`: it is in OpenAI's format, whose models use quick GELU."""
+    """Weights read from a file.
+
+    Attributes:
+        weights: name -> tensor, on the CPU.
+        openai: the file is in OpenAI's format, whose models use quick GELU.
+    """
 
     weights: dict[str, Tensor]
     openai: bool
@@ -41,8 +50,15 @@ class Checkpoint:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read the state dict in a weights file, on the CPU, wrappers and prefixes taken off.
 
-    Raises `CheckpointError`, naming the file, where it is missing, not understood, would have
-    to run code, or holds weights that are not finite.
+    Args:
+        path: safetensors, a state dict or training checkpoint of torch, or OpenAI's archive.
+
+    Returns:
+        Names as in a model's state dict, and floats or integers that are there and finite.
+
+    Raises:
+        CheckpointError: the file, which it names, is missing, not understood, would have to run
+            code, or holds what is no weight of a network.
     """
     path = Path(path)
     if not path.is_file():
@@ -62,6 +78,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         name: value for name, value in weights.items() if name.split(".")[-1] not in _NOT_WEIGHTS
     }
     for name, value in weights.items():
+        if fault := _fault(value):
+            raise CheckpointError(f"{path}: {name!r} is {fault}. {_CONVERT}")
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise CheckpointError(f"{path}: {name!r} claims more numbers than the file holds")
         # Adding up is one pass; whatever is not finite survives it.
@@ -74,13 +92,19 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """Copy a state dict into an open_clip model; every key and shape has to match.
 
-    Older layouts that open_clip itself converts (text tower at the top level, MobileCLIP) are
-    converted. Raises `CheckpointError` naming the source and the first differing keys.
+    An older layout, in which the text tower is at the top level, is converted.
+
+    Args:
+        model: to be filled, in its own number types.
+        weights: names as in its state dict.
+        source: where they come from, for errors.
+
+    Raises:
+        CheckpointError: they are of another model; names the source and the first differences.
     """
-    from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
 
-    weights = convert_state_dict(model, dict(weights))
+    weights = dict(weights)
     if "positional_embedding" in weights and not hasattr(model, "positional_embedding"):
         weights = convert_to_custom_text_state_dict(weights)
     own = model.state_dict()
@@ -97,6 +121,13 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
         for name, value in weights.items()
         if name in own and own[name].shape != value.shape
     ]
+    types = [
+        f"{name}: expected floats, given {value.dtype}"
+        for name, value in weights.items()
+        if name in own and own[name].is_floating_point() > value.is_floating_point()
+    ]
+    if types:
+        problems.append(f"{len(types)} types differ ({_first(types)})")
     if shapes:
         problems.append(f"{len(shapes)} shapes differ ({_first(shapes)})")
     if problems:
@@ -105,6 +136,21 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
             "(an open_clip name or JSON config) that these weights were trained as."
         )
     model.load_state_dict(weights)
+
+
+def _fault(value: Tensor) -> str | None:
+    """Why a tensor can't be the weight of a network; None if it can."""
+    if value.is_meta:
+        return "without values (on the device `meta`)"
+    if value.layout is not torch.strided:
+        return f"a sparse tensor ({value.layout})"
+    if value.is_quantized:
+        return f"quantised ({value.dtype})"
+    if type(value) not in (Tensor, nn.Parameter):
+        return f"a tensor of another kind ({type(value).__name__})"
+    if value.dtype not in _DTYPES:
+        return f"of a type that weights don't have ({value.dtype})"
+    return None
 
 
 def file_sha256(path: str | Path) -> str:
@@ -163,6 +209,11 @@ def _unwrap(found: Any, path: Path) -> dict[str, Tensor]:
     if odd:
         raise CheckpointError(
             f"{path}: not tensors in its state dict: {_first([str(name) for name in odd])}"
+        )
+    if unnamed := [name for name in found if not isinstance(name, str)]:
+        raise CheckpointError(
+            f"{path}: names in a state dict are texts, given {unnamed[0]!r} ({len(unnamed)} of "
+            f"{len(found)} names are none)"
         )
     for prefix in ("module.", "_orig_mod."):
         if all(name.startswith(prefix) for name in found):

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import zipfile
 
 import pytest
@@ -193,6 +194,10 @@ def test_weights_that_are_not_finite(value, weights, config, tmp_path):
 def test_weights_of_another_model(weights, folder, config, tmp_path):
     with pytest.raises(CheckpointError, match=r"rn\.safetensors.*keys missing.*keys unexpected"):
         load_backbone(config, str(folder / "rn.safetensors"))
+    mobile = "image_encoder.model.patch_embed.0.rbr_conv.0.conv.weight"  # MobileCLIP's
+    torch.save({**weights, mobile: torch.zeros(1)}, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match=r"m\.pt.*1 keys unexpected \(image_encoder"):
+        load_backbone(config, str(tmp_path / "m.pt"))
     weights["visual.proj"] = torch.zeros(128, 32)
     save_file(weights, tmp_path / "w.safetensors")
     message = r"visual.proj: expected \[128, 64\], given \[128, 32\]"
@@ -275,3 +280,56 @@ def test_registry_is_left_alone(config):
     before = open_clip.list_models(), open_clip.get_model_config("ViT-B-16")
     load_backbone(config)
     assert before == (open_clip.list_models(), open_clip.get_model_config("ViT-B-16"))
+
+
+class Kind(torch.Tensor):
+    """A class of tensors that torch itself would not load."""
+
+
+def odd_tensors():
+    zeros = torch.zeros(64)
+    with torch.device("meta"):
+        meta = torch.zeros(64)
+    return {
+        "meta": (meta, "without values"),
+        "sparse": (zeros.to_sparse(), "a sparse tensor"),
+        "sparse rows": (torch.eye(64).to_sparse_csr(), "a sparse tensor"),
+        "nested": (torch.nested.nested_tensor([zeros, zeros[:3]]), "refused"),
+        "quantised": (
+            torch.quantize_per_tensor(zeros, 0.1, 0, torch.quint8),
+            "quantised (torch.quint8)",
+        ),
+        "complex": (zeros.to(torch.complex64), "that weights don't have (torch.complex64)"),
+        "eight bits": (zeros.to(torch.float8_e4m3fn), "that weights don't have (torch.float8"),
+        "integers": (zeros.long(), "expected floats, given torch.int64"),
+        "expanded": (torch.zeros(1).expand(10**12), "claims more numbers"),
+        "not finite": (zeros.double() / 0, "not finite"),
+        "another shape": (torch.zeros(0), "expected [64], given [0]"),
+        "no tensor": ({"weight": zeros}, "not tensors in its state dict"),
+        "a subclass": (zeros.as_subclass(Kind), "refused"),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", odd_tensors())
+def test_tensors_that_are_no_weights(name, weights, config, tmp_path):
+    value, message = odd_tensors()[name]
+    torch.save({**weights, "ln_final.weight": value}, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError, match=rf"odd\.pt.*{re.escape(message)}") as error:
+        load_backbone(config, str(tmp_path / "odd.pt"))
+    assert "ln_final.weight" in str(error.value) or message == "refused"
+
+
+@pytest.mark.parametrize("key", [7, b"ln_final.weight", None, ("a", 1)])
+def test_names_that_are_no_texts(key, weights, config, tmp_path):
+    for content in ({**weights, key: weights["ln_final.weight"]}, {key: torch.zeros(1)}):
+        torch.save({"state_dict": content}, tmp_path / "odd.pt")
+        with pytest.raises(CheckpointError, match=r"odd\.pt: names in a state dict are texts"):
+            load_backbone(config, str(tmp_path / "odd.pt"))
+
+
+@pytest.mark.parametrize("content", [[], {}, 3, "text", torch.zeros(2), {"state_dict": {}}])
+def test_what_is_no_state_dict(content, config, tmp_path):
+    torch.save(content, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError, match=r"odd\.pt: expected a state dict"):
+        load_backbone(config, str(tmp_path / "odd.pt"))
