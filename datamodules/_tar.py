@@ -19,6 +19,9 @@ from webdataset.tariterators import base_plus_ext
 MAX_KEY = 200
 """Longest key, in characters: keys become file names of the output."""
 
+TARS = (".tar", ".tar.gz", ".tgz")
+"""Endings of shards; all but the first have to be unpacked."""
+
 _MAX_EXTENSION = 1 << 16
 """Longest header extension (a long name, pax fields), in bytes; usual ones have some hundred."""
 _MAX_EXTENSIONS = 8

@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 from common.errors import InvalidSetting, MissingFile
 from common.pictures import ENDINGS
 from datamodules._decode import Decoder
-from datamodules._remote import Spool
-from datamodules._tar import MAX_KEY, Entry, Span
+from datamodules._remote import Spool, check_protocol, is_remote, without_query
+from datamodules._tar import MAX_KEY, TARS, Entry, Span
 from datamodules.samples import DatasetInfo
 from datamodules.shards import ShardDataModule, ShardStream, name_shards
 
 INFO = DatasetInfo(name="images", labels="none")
-TARS = (".tar", ".tar.gz", ".tgz")
 
 
 class Picture(NamedTuple):
@@ -129,9 +128,14 @@ def find_images(specs: Sequence[str]) -> tuple[list[Picture], list[str]]:
     tars: list[str] = []
     for spec in specs:
         before = len(pictures) + len(tars)
-        for name in [spec] if os.path.exists(spec) or "://" in spec else sorted(glob(spec)):
+        if is_remote(spec) and not without_query(spec).endswith(TARS):
+            raise InvalidSetting(
+                f"--data.path {without_query(spec)}: of other machines, only tars are read"
+            )
+        check_protocol(spec)
+        for name in [spec] if os.path.exists(spec) or is_remote(spec) else sorted(glob(spec)):
             found = Path(name)
-            if name.split("?")[0].endswith(TARS):
+            if without_query(name).endswith(TARS):
                 tars.append(name)
             elif not found.is_dir():
                 pictures.setdefault(found, Picture(found, Path(found.name)))

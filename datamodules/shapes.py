@@ -22,6 +22,7 @@ from PIL import Image
 
 from common.errors import InvalidSetting
 from datamodules._convert import Members, Source, json_bytes, png_bytes, write_shards
+from datamodules._tar import TARS
 from datamodules.samples import DatasetInfo
 from datamodules.shards import ShardDataModule
 
@@ -652,7 +653,7 @@ class Shapes(ShardDataModule):
     def prepare_data(self) -> None:
         """Draw the scenes, once a machine, if their folder is not there."""
         pattern = not isinstance(self.shards, str) or any(c in self.shards for c in "{}*?:")
-        if isinstance(self.shards, str) and not pattern and not self.shards.endswith(".tar"):
+        if isinstance(self.shards, str) and not pattern and not self.shards.endswith(TARS):
             folder = Path(self.shards)
             if not any(folder.glob("*.tar")):
                 source = self.source(self.scenes, self.seed, self.scene_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from glob import escape, glob
@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from braceexpand import braceexpand
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from common.errors import InvalidSetting, MissingFile
@@ -23,8 +24,17 @@ from common.pictures import MAX_PIXELS
 from datamodules._decode import Decoder, reason_of
 from datamodules._device_decode import decode_pending, load_decoder
 from datamodules._download import Archive
-from datamodules._remote import Spool, is_remote
-from datamodules._tar import Entry, ShardError, index_shard
+from datamodules._remote import (
+    MAX_SHARD_BYTES,
+    TIMEOUT,
+    Spool,
+    SpoolFolder,
+    check_protocol,
+    is_remote,
+    needs_spool,
+    without_query,
+)
+from datamodules._tar import TARS, Entry, ShardError, index_shard
 from datamodules._words import read_names, worded
 from datamodules.samples import Batch, DatasetInfo, Sample, SampleError, Wording
 
@@ -76,7 +86,7 @@ class ShardStream(IterableDataset[Batch]):
     @contextmanager
     def _entries(self, url: str) -> Iterator[list[Entry]]:
         with self.spool.local(url) as path:
-            yield index_shard(path)
+            yield index_shard(path, without_query(url))
 
     def _batch(self, name: str, entries: list[Entry], start: int) -> Batch:
         samples: list[Sample] = []
@@ -94,7 +104,8 @@ class ShardDataModule(LightningDataModule):
 
     Args:
         shards: a folder of ``*.tar``, a pattern (``shards/{000000..000007}.tar``, ``shards/*.tar``), a
-            URL (http(s), s3, gs: what webdataset opens), or a list of these.
+            URL (http, https; s3 and gs with the extras ``s3`` and ``gcs``; what else fsspec opens), or
+            a list of these. Tars may be packed (``.tar.gz``).
         batch_size: images a batch.
         num_workers: loader processes of each rank; by default the cores of this machine shared among
             its ranks, at most 8.
@@ -117,6 +128,9 @@ class ShardDataModule(LightningDataModule):
         max_error_rate: share of bad samples, of all those seen so far, above which a run stops at
             the end of a shard; of 1,000 if fewer were seen.
         max_pixels: pictures with more pixels are bad samples; they are not unpacked.
+        timeout: seconds without a byte after which a shard that is being fetched is tried again, and
+            at last given up.
+        max_shard_bytes: larger shards are not fetched or unpacked into the temporary folder.
         allow_pipe: accept ``pipe:`` shards, which run a shell command.
         part: number, from 0, of the part of the shards that this run does, for jobs which know nothing
             of each other and share one run's folder.
@@ -147,6 +161,8 @@ class ShardDataModule(LightningDataModule):
         on_error: Literal["skip", "raise"] = "skip",
         max_error_rate: float = 0.01,
         max_pixels: int = MAX_PIXELS,
+        timeout: float = TIMEOUT,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
         allow_pipe: bool = False,
         part: int = 0,
         parts: int = 1,
@@ -158,6 +174,8 @@ class ShardDataModule(LightningDataModule):
             )
         if batch_size < 1:
             raise InvalidSetting(f"--data.batch_size must be at least 1, got {batch_size}")
+        if timeout <= 0:
+            raise InvalidSetting(f"--data.timeout is in seconds, above 0, got {timeout}")
         if not 0 <= max_error_rate <= 1:
             raise InvalidSetting(
                 f"--data.max_error_rate is a share in [0, 1], got {max_error_rate}"
@@ -176,11 +194,13 @@ class ShardDataModule(LightningDataModule):
         self.on_error = on_error
         self.max_error_rate = max_error_rate
         self.max_pixels = max_pixels
+        self.timeout = timeout
+        self.max_shard_bytes = max_shard_bytes
         self.allow_pipe = allow_pipe
         self.part = part
         self.parts = parts
         self.finished: frozenset[str] = frozenset()
-        self._spool_folder: tempfile.TemporaryDirectory[str] | None = None
+        self._spool_folder: SpoolFolder | None = None
 
     def settings(self) -> dict[str, Any]:
         """What of the settings can change a result."""
@@ -262,13 +282,18 @@ class ShardDataModule(LightningDataModule):
         todo = [shard for shard in self.part_list() if shard[0] not in self.finished]
         return todo[rank::world]
 
-    def predict_dataloader(self) -> DataLoader[Batch]:
+    def predict_dataloader(self) -> Loaders:
+        """Batches of this rank's shards, for Lightning."""
+        return Loaders(self.loader(), "sequential")
+
+    def loader(self) -> DataLoader[Batch]:
         """Batches of this rank's shards."""
         shards = self.share()
         workers = self._workers()
-        if any(is_remote(url) for _, url in shards):
-            self._spool_folder = tempfile.TemporaryDirectory(prefix="clip_surgery_shards_")
-        folder = self._spool_folder.name if self._spool_folder else ""
+        if any(needs_spool(url) for _, url in shards):
+            self._spool_folder = SpoolFolder()
+        folder = str(self._spool_folder.path) if self._spool_folder else ""
+        spool = Spool(folder, max(workers, 1), self.timeout, self.max_shard_bytes)
         decoder = Decoder(
             self.info,
             self._size(),
@@ -280,7 +305,7 @@ class ShardDataModule(LightningDataModule):
         )
         device = self._device().type
         return DataLoader(
-            self.stream(shards, decoder, Spool(folder, max(workers, 1))),
+            self.stream(shards, decoder, spool),
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=workers,
@@ -340,6 +365,17 @@ class ShardDataModule(LightningDataModule):
         return getattr(backbone, "patch_size", (1, 1))
 
 
+class Loaders(CombinedLoader):
+    """Loaders whose batches Lightning uses as soon as they are there.
+
+    Of what has no length, Lightning holds each batch back until the next one has come, to know whether
+    it is the last: a shard's last batch would wait until the next shard is fetched.
+    """
+
+    def __len__(self) -> int:
+        return sys.maxsize  # only its being there is looked at
+
+
 def _give_way(worker: int) -> None:
     """Leave the cores to the model where both want them: its threads wait for the slowest one."""
     if hasattr(os, "nice"):
@@ -371,10 +407,12 @@ def expand_shards(shards: str | list[str], *, allow_pipe: bool = False) -> list[
         return [shards]
     found: list[str] = []
     for spec in braceexpand(shards):
-        if "://" in spec:
+        spec = spec.removeprefix("file://")
+        if is_remote(spec):
+            check_protocol(spec)
             found.append(spec)
         elif os.path.isdir(spec):
-            found += sorted(glob(os.path.join(escape(spec), "*.tar")))
+            found += tars_in(spec)
         elif any(c in spec for c in "*?["):
             found += sorted(glob(spec))
         else:
@@ -384,17 +422,28 @@ def expand_shards(shards: str | list[str], *, allow_pipe: bool = False) -> list[
     )
     if missing_all:
         raise MissingFile(
-            f"no shards at {shards!r} (seen from {os.getcwd()}): give a folder of *.tar, a pattern or a "
-            f"URL with --data.shards; `lightning shards --help` makes shards of a data set"
+            f"no shards at {without_query(shards)!r} (seen from {os.getcwd()}): give a folder of *.tar, "
+            f"a pattern or a URL with --data.shards; `lightning shards --help` makes shards of a data set"
         )
     return found
+
+
+def tars_in(folder: str) -> list[str]:
+    """The ``*.tar`` of a folder, or else its packed tars, in order."""
+    for endings in (TARS[:1], TARS[1:]):
+        found = [p for end in endings for p in glob(os.path.join(escape(folder), f"*{end}"))]
+        if found:
+            break
+    return sorted(found)
 
 
 def name_shards(urls: list[str]) -> list[tuple[str, str]]:
     """Give each shard a unique name: its file name without .tar, led by folders where needed."""
 
     def name(url: str, depth: int) -> str:
-        parts = url.split("?")[0].removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar")
+        parts = without_query(url).rstrip("'\" -")
+        for ending in (".gz", ".tgz", ".tar"):
+            parts = parts.removesuffix(ending)
         kept = [p for p in parts.replace("\\", "/").split("/") if p and p not in (".", "..")][
             -depth:
         ]
@@ -404,7 +453,8 @@ def name_shards(urls: list[str]) -> list[tuple[str, str]]:
         names = [name(url, depth) for url in urls]
         if len(set(names)) == len(names):
             return list(zip(names, urls, strict=True))
-    raise InvalidSetting(f"the same shard is listed twice: {sorted(urls)[:4]}")
+    listed = sorted(without_query(url) for url in urls)
+    raise InvalidSetting(f"the same shard is listed twice: {listed[:4]}")
 
 
 def read_dataset_json(folder: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 
 from common.errors import UserError
 from datamodules import DATASETS, ShardDataModule
+from datamodules._remote import without_query
 from tasks import TASKS
 from tasks._configs import with_class_paths, with_paths
 from tasks._progress import ImageProgress
@@ -169,7 +170,7 @@ class PredictCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """The Trainer, with the writer and a progress bar that counts images."""
         self.writer = self._get(self.config_init, "writer")
-        self.writer.config = self.parser.dump(self.config, skip_unset=False)
+        self.writer.config = without_query(self.parser.dump(self.config, skip_unset=False))
         # Under SLURM, Lightning would load a checkpoint that a training left in this folder.
         if self.config.trainer.default_root_dir is None:
             kwargs["default_root_dir"] = str(self.writer.output)

@@ -163,7 +163,7 @@ def test_img2dataset_shards_are_read_as_they_are(tmp_path):
     (tmp_path / "00000_stats.json").write_text('{"count": 4, "successes": 3}')
     data = GCC3M(str(tmp_path), num_workers=0, image_size=8)
     assert data.sample_counts() == {"00000": 3}
-    (batch,) = data.predict_dataloader()
+    (batch,) = data.loader()
     assert batch.keys == ["000000", "000003", "000002"]
     assert batch.captions[1] == "caption of 000003"
     assert batch.labels == [None] * 3

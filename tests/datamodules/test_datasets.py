@@ -52,7 +52,7 @@ def stream(name, shards, **fields):
     data = getattr(datamodules, DATASETS[name])(
         shards=str(shards), batch_size=2, num_workers=0, image_size=16, **fields
     )
-    return data, list(data.predict_dataloader())
+    return data, list(data.loader())
 
 
 @pytest.mark.parametrize(("name", "fake"), FAKES, ids=[fake.__name__ for _, fake in FAKES])

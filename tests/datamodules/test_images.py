@@ -40,7 +40,7 @@ def photos(tmp_path):
 
 
 def batches_of(data):
-    return list(data.predict_dataloader())
+    return list(data.loader())
 
 
 def keys_of(data):
@@ -106,7 +106,7 @@ def test_what_is_broken_is_named_and_the_rest_goes_on(photos):
     (photos / "text.jpg").write_bytes(b"no picture at all")
     whole = (photos / "b.jpg").read_bytes()
     (photos / "half.jpg").write_bytes(whole[: len(whole) // 2])
-    batch = images(str(photos), batch_size=20).predict_dataloader().__iter__().__next__()
+    batch = images(str(photos), batch_size=20).loader().__iter__().__next__()
     assert len(batch.keys) == 6
     reasons = {error.key: error.reason for error in batch.errors}
     assert reasons["empty"] == "the image file is empty"

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import gzip
 import http.server
 import io
 import json
@@ -147,7 +148,6 @@ class Flaky(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.mark.skipif(not shutil.which("curl"), reason="webdataset opens http with curl")
 def test_remote_shards_are_tried_again_and_then_listed(scenes, predict, monkeypatch, tmp_path):
     monkeypatch.setattr(_remote.time, "sleep", lambda seconds: None)
     handler = functools.partial(Flaky, directory=str(scenes))
@@ -160,6 +160,41 @@ def test_remote_shards_are_tried_again_and_then_listed(scenes, predict, monkeypa
     (error,) = map(json.loads, (run / "errors.jsonl").read_text().splitlines())
     assert error["shard"] == "000003"
     assert "could not be fetched" in error["reason"]
+
+
+def test_a_finished_shard_does_not_wait_for_the_next_one(scenes, predict, tmp_path):
+    """The second shard is only sent once the first one's results are there."""
+    run = tmp_path / "run"
+    seen = []
+
+    class Patient(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            if "000001" in self.path:
+                deadline = time.monotonic() + 60
+                while not (run / "000000.tar").exists() and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                seen.append((run / "000000.tar").exists())
+            super().do_GET()
+
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Patient, directory=str(scenes))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/{{000000..000001}}.tar?signature=SECRET"
+    predict(run, f"--data.shards={url}", "--data.num_workers=1")
+    server.shutdown()
+    assert seen == [True]
+    stored = [path for path in run.rglob("*") if path.is_file()]
+    assert not [path for path in stored if b"SECRET" in path.read_bytes()]
+
+
+def test_a_packed_shard(scenes, predict, tmp_path):
+    packed = tmp_path / "000000.tar.gz"
+    packed.write_bytes(gzip.compress((scenes / "000000.tar").read_bytes()))
+    run = predict(tmp_path / "run", f"--data.shards={packed}")
+    assert json.loads((run / "metrics.json").read_text())["images"] == 6
 
 
 def test_nothing_a_stranger_put_in_a_shard_runs_or_writes_outside(scenes, predict, tmp_path):
