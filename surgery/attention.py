@@ -27,13 +27,18 @@ class Recipe:
     reads: the new path attends over ln_1 of the original path ("original"; dual path) or over
         its own tokens ("itself"; a single path, beside which the original one only serves the
         class token).
-    residual, ffn: keep the skip connection of the attention, and the feed-forward part.
+    residual: keep the skip connection of the attention.
+    ffn: keep the feed-forward part; "only": the new path takes nothing but what the original path's
+        feed-forward parts add, and pairs play no part (it has to be a ViT).
+    cosine_scale: the projections are scaled to unit length, so that the logits are cosines times
+        this / sqrt(d_head); None: their products as they are.
     iterations: rounds of self-clustering before the values are read (GEM, Section 3.2): the
         projections are scaled to unit length, attend among themselves, and so on; the logits
         are then cosines times the mean length of the block's input / sqrt(d_head).
     neighbour_std: a Gaussian of this standard deviation, in cells, is added to the logits
         between patches (NACLIP); None: no bias.
-    position: how position embeddings are resized to another grid, see `towers.resize_positions`.
+    position: how position embeddings are resized to another grid, see `towers.resize_positions`;
+        "none": there are none.
     released_class_token: which path's class token the released code returns. Ours is CLIP's own
         unless `load_backbone(class_token="released")` asks for this one.
     """
@@ -43,10 +48,11 @@ class Recipe:
     blocks: int | None = None
     reads: Literal["original", "itself"] = "original"
     residual: bool = True
-    ffn: bool = False
+    ffn: bool | Literal["only"] = False
+    cosine_scale: float | None = None
     iterations: int = 0
     neighbour_std: float | None = None
-    position: Literal["bilinear", "bicubic", "bicubic_scaled"] = "bilinear"
+    position: Literal["bilinear", "bicubic", "bicubic_scaled", "none"] = "bilinear"
     released_class_token: Literal["original", "new"] = "new"
 
     @property
@@ -79,13 +85,22 @@ RECIPES: dict[str, Recipe] = {
     "clearclip": replace(_LAST_BLOCK, pairs=("qq",), residual=False, ffn=False),
     # Hajimiri et al. 2025 (sinahmr/NACLIP): last block k-k near the token, neither residual nor FFN
     "naclip": replace(_LAST_BLOCK, pairs=("kk",), neighbour_std=5.0, residual=False, ffn=False),
-    # Ablations of the CLIP Surgery paper (Section 3.2, Table 2)
+    # The paper's MaskCLIP (Table 5), by comments in its code: the values of the last block, as surgery
+    "maskclip_authors": replace(_SURGERY, pairs=("identity",), blocks=1),
+    # Table 4, rows 2 to 5 (row 1 is "raw", row 6 "surgery"); what a row means is our reading
+    "surgery_last": replace(_SURGERY, blocks=1, ffn=True),
+    "surgery_single_path_ffn": replace(_SURGERY, reads="itself", ffn=True),
+    "surgery_ffn": replace(_SURGERY, ffn=True),
+    "surgery_ffn_only": replace(_SURGERY, ffn="only"),
+    # Not in the paper: other pairs, and a single path without FFN
     "surgery_qq": replace(_SURGERY, pairs=("qq",)),
     "surgery_kk": replace(_SURGERY, pairs=("kk",)),
     "surgery_qk": replace(_SURGERY, pairs=("qk",)),
-    "surgery_ffn": replace(_SURGERY, ffn=True),
     "surgery_single_path": replace(_SURGERY, reads="itself"),
-    "surgery_single_path_ffn": replace(_SURGERY, reads="itself", ffn=True),
+    # The released code's setting "resnet", which that code itself never turns on
+    "surgery_resnet": replace(_SURGERY, cosine_scale=8.0),
+    # Guo et al. 2023 (guozix/TaI-DPT, for ResNets): each place's value, no position embeddings
+    "tai_dpt": Recipe(pairs=("identity",), position="none"),
 }
 
 
@@ -115,6 +130,9 @@ def attend(
         else:
             asks, keys = projections[pair[0]], projections[pair[1]]
             scale = None
+            if recipe.cosine_scale is not None:
+                asks, keys = _unit(asks), _unit(keys)
+                scale = recipe.cosine_scale * asks.shape[-1] ** -0.5
             if recipe.iterations:
                 if temperature is None or pair[0] != pair[1]:
                     raise ValueError("iterations need a temperature and self-self pairs")
@@ -128,6 +146,12 @@ def attend(
         raise ValueError("a recipe without pairs has no new path")
     many = len(recipe.pairs) > 1 and recipe.combine == "mean"
     return total / len(recipe.pairs) if many else total
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Unit vectors, with the released code's guard against zeros."""
+    x32 = x.float()
+    return (x32 / (x32.norm(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 def _cluster(x: Tensor, temperature: Tensor, iterations: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ def load_backbone(
     pretrained: str | Path | None = None,
     *,
     attention: str | Recipe = "surgery",
-    blocks: int = 6,
+    blocks: int | str = 6,
     image_size: int | tuple[int, int] | None = None,
     class_token: Literal["clip", "released"] = "clip",
     quick_gelu: bool | None = None,
@@ -41,8 +41,9 @@ def load_backbone(
             path of a weights file (safetensors, torch state dict, open_clip training checkpoint,
             OpenAI's archive). None: random weights, the same in every process, with a warning.
         attention: name in `RECIPES`, or a recipe.
-        blocks: how many last blocks are reformed, for the recipes that leave it open (the paper's
-            is 6 whatever the depth); at most all there are.
+        blocks: how many last blocks are reformed, for the recipes that leave it open; at most all
+            there are. Or the first of them, counted from 1: "from 7" is the paper's d = 7 read
+            literally, 18 blocks of ViT-L/14, where its released code reforms 6 whatever the depth.
         image_size: the side, or (height, width), that images will be given in; None: the model's
             own. Any size can be encoded; this only says what `Backbone.image_size` answers.
         class_token: "clip": CLIP's own; "released": what the method's released code returns, which
@@ -73,8 +74,6 @@ def load_backbone(
         attention = RECIPES[attention]
     if class_token not in ("clip", "released"):
         raise InvalidSetting(f"class_token={class_token!r}: expected 'clip' or 'released'")
-    if blocks < 0:
-        raise InvalidSetting(f"blocks={blocks}: expected a number of blocks, 0 or more")
     if static_batch is not None and static_batch < 1:
         raise InvalidSetting(f"static_batch={static_batch}: expected a number of images, 1 or more")
     weights = None if pretrained is None else str(pretrained)
@@ -107,7 +106,7 @@ class Backbone(nn.Module):
         self,
         source: sources.Source,
         recipe: Recipe,
-        blocks: int,
+        blocks: int | str,
         image_size: int | tuple[int, int] | None,
         released: bool,
         static_batch: int | None,
@@ -266,7 +265,7 @@ class Backbone(nn.Module):
     def _positions_for(self, grid: tuple[int, int]) -> Tensor:
         """Position embeddings of a grid; the parameter itself is never written to."""
         own, native = self.tower.positions, self.tower.grid(self.tower.native)
-        if grid == native:
+        if grid == native and self.recipe.position != "none":
             return own
         key = (grid, self.recipe.position, own.device, own.dtype, id(own), own._version)
         if key not in self._positions:

@@ -33,7 +33,8 @@ class BackboneConfig:
             null for random weights.
         attention: how the image tower is reformed: surgery (the paper), raw (plain CLIP), ...;
             `lightning list models` names them all.
-        blocks: how many of the last blocks are reformed.
+        blocks: how many of the last blocks are reformed, or the first of them: "from 7" is the
+            paper's d = 7 read literally, 18 blocks of ViT-L/14.
         image_size: side of the input in pixels; by default the model's own.
         class_token: clip is CLIP's own, released what the released code returns (ResNets differ).
         quick_gelu: use OpenAI's GELU; by default as the weights need it.
@@ -44,7 +45,7 @@ class BackboneConfig:
     model: str = "ViT-B-16"
     pretrained: str | None = "openai"
     attention: str = "surgery"
-    blocks: int = 6
+    blocks: int | str = 6
     image_size: int | None = None
     class_token: str = "clip"
     quick_gelu: bool | None = None

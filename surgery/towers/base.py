@@ -1,5 +1,6 @@
 """What all image towers have in common: tokens in the end, and one way to look inside."""
 
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -156,20 +157,50 @@ class Tower(ABC):
     def encode(self, images: Tensor, positions: Tensor, plan: Plan) -> ImageTokens:
         """Tokens of images [B, 3, H, W] by a plan; see `run`."""
 
-    def plan(self, recipe: Recipe, blocks: int, released: bool) -> Plan:
+    def plan(self, recipe: Recipe, blocks: int | str, released: bool) -> Plan:
         """Settle a recipe.
 
         Args:
             recipe: any of `RECIPES`, or another.
-            blocks: how many last blocks are reformed where the recipe leaves it open.
+            blocks: how many last blocks are reformed where the recipe leaves it open, or the first
+                one, "from 7".
             released: the class token is that of the method's released code.
 
         Returns:
             The plan for this tower.
+
+        Raises:
+            InvalidSetting: there is no such first block.
         """
-        reformed = min(recipe.blocks or blocks, self.depth) if recipe.pairs else 0
+        asked = self.last_blocks(blocks)
+        if recipe.blocks is not None:
+            asked = min(recipe.blocks, self.depth)
+        reformed = asked if recipe.pairs else 0
         new = recipe.released_class_token == "new"
         return Plan(recipe, reformed, new_class_token=released and new)
+
+    def last_blocks(self, blocks: int | str) -> int:
+        """How many last blocks these are: at most all there are, or from the one called "from N" on.
+
+        Raises:
+            InvalidSetting: neither a number nor "from N", or there is no block N, counted from 1.
+        """
+        if isinstance(blocks, int):
+            if blocks < 0:
+                raise InvalidSetting(f"blocks={blocks}: expected a number of blocks, 0 or more")
+            return min(blocks, self.depth)
+        first = re.fullmatch(r"from (\d+)", blocks.strip())
+        if not first:
+            raise InvalidSetting(
+                f"blocks={blocks!r}: expected how many last blocks are reformed, such as 6, or the "
+                f"first of them, such as 'from 7'"
+            )
+        if not 1 <= int(first[1]) <= self.depth:
+            raise InvalidSetting(
+                f"blocks={blocks!r}: this image tower has {self.depth} blocks to be reformed, counted "
+                f"from 1"
+            )
+        return self.depth + 1 - int(first[1])
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Cells (h, w) of an image of size (H, W) in pixels.

@@ -20,12 +20,14 @@ def resize_positions(
         mode: "bilinear" (CLIP Surgery; no corner alignment, no antialias); "bicubic" (GEM, with
             antialias); "bicubic_scaled" (SCLIP and its descendants: bicubic, no antialias, where
             output cell i reads position (i + 0.5) g / (G + 0.1) - 0.5, since their code passes a
-            scale factor).
+            scale factor); "none": zeros.
 
     Returns:
         [1 + h*w, D] in float32 (or float64).
     """
     positions = widen(positions.detach())
+    if mode == "none":
+        return positions.new_zeros(1 + grid[0] * grid[1], positions.shape[1])
     if grid == native:
         return positions
     cells = positions[1:].reshape(1, *native, -1).permute(0, 3, 1, 2)

@@ -36,7 +36,11 @@ class ResNet(Tower):
         positions: Tensor = self.visual.attnpool.positional_embedding
         return positions
 
-    def plan(self, recipe: Recipe, blocks: int, released: bool) -> Plan:
+    def last_blocks(self, blocks: int | str) -> int:
+        """The attention pool is the last block of all, whichever the first one is."""
+        return super().last_blocks("from 1" if str(blocks).startswith("from ") else blocks)
+
+    def plan(self, recipe: Recipe, blocks: int | str, released: bool) -> Plan:
         """The released code of CLIP Surgery reforms the class token too (against the paper)."""
         settled = super().plan(recipe, blocks, released)
         return Plan(recipe, settled.blocks, new_class_token=released)

@@ -99,7 +99,7 @@ class ViT(Tower):
             x = self.run(images, positions)
             return ImageTokens(self.project(x[:, :1])[:, 0], self.project(x[:, 1:]), grid)
         path = _NewPath(plan, self.depth - plan.blocks, grid)
-        x = self.run(images, positions, path, class_only=True)
+        x = self.run(images, positions, path, class_only=not path.apart)[:, :1]
         class_token = self.project(path.y[:, :1] if plan.new_class_token else x)[:, 0]
         return ImageTokens(class_token, self.project(path.y[:, 1 - path.start :]), grid)
 
@@ -122,6 +122,7 @@ class _NewPath(Visitor):
     def __init__(self, plan: Plan, first: int, grid: tuple[int, int]) -> None:
         self.recipe, self.first, self.grid = plan.recipe, first, grid
         self.reads_queries = plan.recipe.asks_with_queries
+        self.apart = plan.recipe.ffn == "only"
         # Nobody reads the new path's class token, unless the new path attends over itself.
         self.start = 0 if plan.new_class_token or plan.recipe.reads == "itself" else 1
         self.bias: Tensor | None = None
@@ -137,9 +138,14 @@ class _NewPath(Visitor):
             self.bias = neighbour_bias(self.grid, self.recipe.neighbour_std, step.x.device)
 
     def attend(self, step: Step) -> Tensor:
-        if step.index >= self.first:
+        if step.index >= self.first and not self.apart:
             self._advance(step)
         return super().attend(step)
+
+    def leave(self, step: Step) -> None:
+        if step.index >= self.first and self.apart:
+            assert step.fed is not None  # wanted apart
+            self.y = self.y + step.fed[:, self.start :]
 
     def _advance(self, step: Step) -> None:
         recipe, block, y = self.recipe, step.block, self.y

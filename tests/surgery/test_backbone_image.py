@@ -153,7 +153,8 @@ def test_recipes_differ_only_as_they_say(reference, network):
     for name in RECIPES:
         tokens = network("vit", attention=name).encode_image(images)
         assert tokens.patch_tokens.shape == (3, 36, 64)
-        close(tokens.class_token, own, 2e-5)
+        if RECIPES[name].position != "none":
+            close(tokens.class_token, own, 2e-5)
 
 
 @pytest.mark.parametrize("name", RECIPES)
