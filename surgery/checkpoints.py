@@ -24,6 +24,9 @@ _DTYPES = frozenset(
     {torch.float64, torch.float32, torch.float16, torch.bfloat16}
     | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
 )
+ROWS, IDS = "token_embedding.rows", "token_embedding.ids"
+"""Names of a table of token embeddings of which only some rows are stored."""
+
 _CONVERT = (
     "Convert it where you trust it: `torch.save(model.state_dict(), 'weights.pt')`, "
     "or `safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')`."
@@ -92,7 +95,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """Copy a state dict into an open_clip model; every key and shape has to match.
 
-    An older layout, in which the text tower is at the top level, is converted.
+    An older layout, in which the text tower is at the top level, is converted, and a table of token
+    embeddings may be given by those of its rows that are not zero (`ROWS`, `IDS`).
 
     Args:
         model: to be filled, in its own number types.
@@ -104,7 +108,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
     """
     from open_clip.model import convert_to_custom_text_state_dict
 
-    weights = dict(weights)
+    weights = _whole_vocabulary(dict(weights), model.state_dict(), source)
     if "positional_embedding" in weights and not hasattr(model, "positional_embedding"):
         weights = convert_to_custom_text_state_dict(weights)
     own = model.state_dict()
@@ -136,6 +140,29 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
             "(an open_clip name or JSON config) that these weights were trained as."
         )
     model.load_state_dict(weights)
+
+
+def _whole_vocabulary(
+    weights: dict[str, Tensor], own: dict[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    """Weights with a whole table of token embeddings, where the file has only some of its rows.
+
+    A model that learned few words is stored as the rows `token_embedding.rows` [K, D] of the tokens
+    `token_embedding.ids` [K]; all other rows are zeros.
+    """
+    name = "token_embedding.weight"
+    if ROWS not in weights or IDS not in weights or name in weights or name not in own:
+        return weights  # what doesn't fit is told with all other names
+    rows, ids = weights.pop(ROWS), weights.pop(IDS)
+    size, width = own[name].shape
+    fits = rows.shape == (*ids.shape, width) and ids.dtype == torch.int64 and ids.ndim == 1
+    if not fits or len(ids.unique()) < len(ids) or not ((ids >= 0) & (ids < size)).all():
+        raise CheckpointError(
+            f"{source}: {ROWS} {list(rows.shape)} and {IDS} {list(ids.shape)} are not rows of a table "
+            f"of {size} tokens with {width} channels"
+        )
+    weights[name] = rows.new_zeros(size, width).index_copy(0, ids, rows)
+    return weights
 
 
 def _fault(value: Tensor) -> str | None:

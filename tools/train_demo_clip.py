@@ -42,6 +42,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datamodules.shapes import BACKGROUNDS, COLOURS, NOUNS, PREFIXES, Draws, caption, draw_scene
+from surgery.checkpoints import IDS, ROWS
 from surgery.metrics import MeanAveragePrecision
 
 IMAGE, PATCH = 96, 8
@@ -621,11 +622,14 @@ def run(recipe: Recipe, output: Path, size: int, threads: int, resume: Path | No
 
 
 def save(model: DemoCLIP, words: Words, output: Path, card: dict[str, Any]) -> None:
-    """Write the stock model in float16, its config and its card."""
+    """Write the stock model in float16, its config and its card.
+
+    Of the table of token embeddings, only the rows of known words, as `surgery.checkpoints` reads
+    them: the others were never learned.
+    """
     state = {key: value.detach().half().contiguous() for key, value in model.state_dict().items()}
-    table = torch.zeros(VOCABULARY, WIDTH, dtype=torch.float16)
-    table[words.ids] = state["token_embedding.weight"][1:]
-    state["token_embedding.weight"] = table
+    state[ROWS] = state.pop("token_embedding.weight")[1:].contiguous()
+    state[IDS] = torch.as_tensor(words.ids)
     output.mkdir(parents=True, exist_ok=True)
     partial = output / "model.safetensors.partial"
     save_file(state, partial, metadata={"format": "pt"})
@@ -817,9 +821,10 @@ def model_card(
 A CLIP small enough to ship, so that CLIP Surgery can be tried, tested and looked at without a
 download. A stock open_clip model: ViT of {VISION_LAYERS} blocks, image {IMAGE}, patch {PATCH}, \
 width {WIDTH}, {WIDTH // HEAD} heads; text
-tower of {TEXT_LAYERS} blocks, width {WIDTH}; joint space {EMBED}. {size / 1e6:.1f} MB in float16, \
-two thirds of them zeros
-(token rows that it never learned), which compress to nothing.
+tower of {TEXT_LAYERS} blocks, width {WIDTH}; joint space {EMBED}. {size / 1e6:.1f} MB in float16.
+Of the table of 49,408 token embeddings the file holds the rows of known words (`token_embedding.rows`,
+of the tokens `token_embedding.ids`); all others are zeros, and `surgery.checkpoints.load_weights`
+puts them there.
 
 ```python
 backbone = surgery.load_backbone("demo", "demo")
@@ -901,9 +906,11 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def load(model: DemoCLIP, words: Words, folder: Path) -> None:
     """Read back what `save` wrote."""
-    state = {key: value.float() for key, value in load_file(folder / "model.safetensors").items()}
-    rows = state["token_embedding.weight"][words.ids]
-    state["token_embedding.weight"] = torch.cat([torch.zeros(1, WIDTH), rows])
+    state = load_file(folder / "model.safetensors")
+    if not torch.equal(state.pop(IDS), torch.as_tensor(words.ids)):
+        raise SystemExit(f"{folder}: its words are not those of this script")
+    state = {key: value.float() for key, value in state.items()}
+    state["token_embedding.weight"] = torch.cat([torch.zeros(1, WIDTH), state.pop(ROWS)])
     model.load_state_dict(state)
 
 

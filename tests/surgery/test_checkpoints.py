@@ -213,6 +213,29 @@ def test_files_that_are_no_weights(name, content, config, tmp_path):
         load_backbone(config, str(tmp_path / name))
 
 
+def test_rows_of_a_vocabulary_stand_for_all_of_it(weights, config, tmp_path, reference):
+    table = weights["token_embedding.weight"]
+    table[[0, 5, 99]] = 0
+    save_file(weights, tmp_path / "whole.safetensors")
+    ids = table.any(dim=1).nonzero()[:, 0]
+    del weights["token_embedding.weight"]
+    rows = {"token_embedding.rows": table[ids], "token_embedding.ids": ids}
+    save_file({**weights, **rows}, tmp_path / "rows.safetensors")
+    whole, small = (load_backbone(config, tmp_path / f"{n}.safetensors") for n in ("whole", "rows"))
+    assert whole.fingerprint() == small.fingerprint()
+    for change in (
+        {"token_embedding.ids": ids - 2},
+        {"token_embedding.ids": ids + 5},
+        {"token_embedding.ids": ids * 0 + 1},
+        {"token_embedding.ids": ids[1:]},
+        {"token_embedding.ids": ids.int()},
+        {"token_embedding.rows": rows["token_embedding.rows"][:, 1:].contiguous()},
+    ):
+        save_file({**weights, **rows, **change}, tmp_path / "rows.safetensors")
+        with pytest.raises(CheckpointError, match=r"rows\.safetensors: .* rows of a table of 600"):
+            load_backbone(config, tmp_path / "rows.safetensors")
+
+
 def test_truncated_files(weights, config, tmp_path):
     archive(tmp_path / "archive.pt", weights)
     torch.save(weights, tmp_path / "state.pt")
