@@ -57,11 +57,11 @@ def encode_prompts(*args, **kwargs):
     note("texts")
     return found
 tasks.base.encode_prompts = encode_prompts
-class CLI(predict.PredictCLI):
+class Probed(predict.Predict):
     def instantiate_trainer(self, **kwargs):
         self.trainer_defaults["callbacks"] = [Probe()]
         return super().instantiate_trainer(**kwargs)
-predict.PredictCLI = CLI
+predict.Predict = Probed
 code = predict.main(sys.argv[2:])
 note("end")
 sys.exit(code)

@@ -26,6 +26,7 @@ DEMO = "demo"
 
 _DEMO_FOLDER = Path(__file__).parent / "demo_clip"
 _RANDOM_SEED = 0
+_RESNET_STRIDE = 32
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,12 @@ def load_tokenizer(model: str) -> Any:
     """The tokenizer of a model that is named as in `load_backbone`, without its network."""
     model = _settle(model)
     return tokenizer(model, _model_config(model)[0])
+
+
+def input_sizes(model: str) -> tuple[int, int]:
+    """Side of the images that a model was trained on, and what sides must be multiples of, in pixels."""
+    vision = _model_config(_settle(model))[0]["vision_cfg"]
+    return vision["image_size"], vision.get("patch_size") or _RESNET_STRIDE
 
 
 def tokenizer(name: str, config: dict[str, Any]) -> Any:

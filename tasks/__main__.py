@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from importlib import import_module
-from importlib.metadata import entry_points, version
+
+_HOME = os.path.dirname(os.path.dirname(__file__))
+if __name__ == "__main__" and sys.path[0] != _HOME and not getattr(sys.flags, "safe_path", False):
+    # `python -m` puts the current folder first on the path, where any json.py or torch.py would be
+    # imported in place of the real one. The script of the same name doesn't.
+    del sys.path[0]
+
+import argparse  # noqa: E402
+import signal  # noqa: E402
+from importlib import import_module  # noqa: E402
+from importlib.metadata import entry_points, version  # noqa: E402
 
 COMMANDS = {
     "predict": "run a task over shards: masks, scores and metrics",
@@ -18,7 +26,19 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the ``lightning`` script and of ``python -m tasks``; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        code = run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read this has seen enough (`lightning list configs | head`). Python would complain
+        # again when it closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return code
+
+
+def run(argv: list[str]) -> int:
+    """Run the command that ``argv`` names; returns the exit code."""
     # Before torch loads OpenMP: its threads would spin for milliseconds after every parallel part,
     # on cores that loader workers, or other processes of a shared machine, have a use for.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")

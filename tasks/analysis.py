@@ -19,7 +19,7 @@ from surgery.analysis import (
     map_likeness,
     walk_blocks,
 )
-from tasks.base import BackboneConfig, Task
+from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks.measures.analysis import AnalysisMeasures
 from tasks.measures.base import label_masks
 from tasks.run.results import ImageResult
@@ -54,7 +54,7 @@ class Analysis(Task):
 
     def __init__(
         self,
-        backbone: BackboneConfig | None = None,
+        backbone: BackboneConfig = DEFAULT_BACKBONE,
         selection: bool = True,
         affinity: bool = True,
         redundancy: bool = True,

@@ -21,6 +21,8 @@ from tasks import TASKS
 from tasks._texts import read_text_features
 from tasks.measures import Measures
 
+_GATHERING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
 
 @dataclass(frozen=True)
 class BackboneConfig:
@@ -50,6 +52,9 @@ class BackboneConfig:
     class_token: str = "clip"
     quick_gelu: bool | None = None
     compile: bool = False
+
+
+DEFAULT_BACKBONE = BackboneConfig()
 
 
 class Task(LightningModule):
@@ -83,10 +88,10 @@ class Task(LightningModule):
     """[T,C] unit features of the class texts."""
 
     def __init__(
-        self, backbone: BackboneConfig | None = None, text_features: str | None = None
+        self, backbone: BackboneConfig = DEFAULT_BACKBONE, text_features: str | None = None
     ) -> None:
         super().__init__()
-        self.config = backbone or BackboneConfig()
+        self.config = backbone
         self.text_features = text_features
         self.backbone: Backbone
         self.register_buffer("text", None, persistent=False)
@@ -152,8 +157,15 @@ class Task(LightningModule):
 
     def settings(self) -> dict[str, Any]:
         """What the class was made with; every argument is kept as an attribute of its name."""
-        names = [n for n in inspect.signature(type(self)).parameters if n != "backbone"]
-        return {"backbone": asdict(self.config), **{n: getattr(self, n) for n in names}}
+        names: dict[str, None] = {}
+        for cls in type(self).__mro__:
+            if "__init__" in vars(cls):
+                parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
+                names |= {p.name: None for p in parameters if p.kind not in _GATHERING}
+                if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+                    break  # else its base takes what it doesn't name
+        ours = [name for name in names if name not in ("self", "backbone")]
+        return {"backbone": asdict(self.config), **{name: getattr(self, name) for name in ours}}
 
     def words(self, info: DatasetInfo) -> list[str]:
         """The words whose features are the rows of ``text``; one a class."""

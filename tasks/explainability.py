@@ -15,7 +15,7 @@ from common.errors import InvalidSetting
 from datamodules.samples import Batch
 from surgery import feature_surgery, similarity, similarity_map
 from surgery.visualize import heat_map
-from tasks.base import BackboneConfig, Task
+from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks.measures.explainability import RAW, ExplainabilityMeasures
 from tasks.run.results import ImageResult
 
@@ -53,7 +53,7 @@ class Explainability(Task):
 
     def __init__(
         self,
-        backbone: BackboneConfig | None = None,
+        backbone: BackboneConfig = DEFAULT_BACKBONE,
         feature_surgery: Literal["code", "paper", "none"] = "code",
         tau: float = 2.0,
         order: Literal["code", "paper"] = "code",

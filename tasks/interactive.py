@@ -14,7 +14,7 @@ from datamodules.shards import ShardDataModule
 from surgery import ImageTokens, encode_prompts, feature_surgery
 from surgery.points import combined_points
 from tasks._sam import PointSegmenter, need_transformers
-from tasks.base import BackboneConfig, Task
+from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks.explainability import slug
 from tasks.measures.interactive import InteractiveMeasures
 from tasks.run.results import ImageResult
@@ -52,7 +52,7 @@ class Interactive(Task):
 
     def __init__(
         self,
-        backbone: BackboneConfig | None = None,
+        backbone: BackboneConfig = DEFAULT_BACKBONE,
         sam: str | None = None,
         threshold: float = 0.8,
         down_sample: int = 2,

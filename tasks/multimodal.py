@@ -15,7 +15,7 @@ from surgery.tokens import rank_tokens, readable, token_similarity, tokenise
 from surgery.towers import ImageTokens
 from surgery.visualize import heat_map
 from tasks._captions import caption_strip
-from tasks.base import BackboneConfig, Task
+from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks.measures.multimodal import TOP, MultimodalMeasures
 from tasks.run.results import ImageResult
 
@@ -41,7 +41,7 @@ class Multimodal(Task):
     empty: Tensor | None
     """[1,C] feature of the empty text."""
 
-    def __init__(self, backbone: BackboneConfig | None = None, redundant: bool = True) -> None:
+    def __init__(self, backbone: BackboneConfig = DEFAULT_BACKBONE, redundant: bool = True) -> None:
         super().__init__(backbone)
         self.redundant = redundant
         self.register_buffer("empty", None, persistent=False)

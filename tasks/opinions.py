@@ -13,7 +13,7 @@ from common.errors import InvalidSetting
 from datamodules.samples import VOID, Batch
 from surgery import encode_prompts, feature_surgery, similarity_map
 from surgery.opinions import Ascent, ascend, mean_feature, seed_from, views, word_frequencies
-from tasks.base import BackboneConfig, Task
+from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks.explainability import draw_overlays, slug
 from tasks.measures.opinions import OpinionsMeasures
 from tasks.run.results import ImageResult
@@ -42,7 +42,7 @@ class Opinions(Task):
 
     def __init__(
         self,
-        backbone: BackboneConfig | None = None,
+        backbone: BackboneConfig = DEFAULT_BACKBONE,
         steps: int = 100,
         sequences: int = 8,
         length: int = 5,

@@ -12,7 +12,7 @@ from common.errors import InvalidSetting
 from datamodules.samples import Batch
 from datamodules.shards import ShardDataModule
 from surgery import feature_surgery, similarity
-from tasks.base import BackboneConfig, Task
+from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks.measures.recognition import RecognitionMeasures
 from tasks.run.results import ImageResult
 
@@ -59,7 +59,7 @@ class Recognition(Task):
 
     def __init__(
         self,
-        backbone: BackboneConfig | None = None,
+        backbone: BackboneConfig = DEFAULT_BACKBONE,
         form: Literal["paper", "code"] = "paper",
         tau: float = 2.0,
         text_features: str | None = None,

@@ -14,7 +14,7 @@ from common.errors import InvalidSetting
 from datamodules.samples import VOID, Batch, DatasetInfo
 from datamodules.shards import ShardDataModule
 from surgery.views import best_text, cut_views, view_similarities
-from tasks.base import BackboneConfig, Task
+from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks.measures.segmentation import SegmentationMeasures
 from tasks.run.results import ImageResult
 
@@ -56,7 +56,7 @@ class Segmentation(Task):
 
     def __init__(
         self,
-        backbone: BackboneConfig | None = None,
+        backbone: BackboneConfig = DEFAULT_BACKBONE,
         background: list[str] | None = None,
         prob_thd: float | None = None,
         logit_scale: float = 40.0,

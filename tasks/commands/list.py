@@ -9,7 +9,7 @@ from importlib import import_module
 import datamodules
 from datamodules import DATASETS
 from tasks import TASKS
-from tasks._configs import packaged
+from tasks._configs import FOLDER, all_names, names_of, title
 
 
 def main(argv: list[str]) -> int:
@@ -22,8 +22,13 @@ def main(argv: list[str]) -> int:
 
 
 def list_configs() -> list[tuple[str, str]]:
-    """Packaged configs with what each reproduces, their first comment."""
-    return [(path.name, path.read_text().split("\n", 1)[0].lstrip("# ")) for path in packaged()]
+    """Packaged configs with what each reproduces, and the parts that they are composed of."""
+    parts = [
+        (f"{kind}/{name}.yaml", title(FOLDER / kind / f"{name}.yaml"))
+        for kind in ("backbones", "experiments")
+        for name in names_of(kind)
+    ]
+    return [*parts, *((f"{name}.yaml", text) for name, text in all_names().items())]
 
 
 def list_datasets() -> list[tuple[str, str]]:

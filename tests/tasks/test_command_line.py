@@ -1,5 +1,7 @@
 """The command line: what a newcomer types first, and what they mistype."""
 
+import json
+import os
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -10,7 +12,6 @@ import yaml
 from datamodules import DATASETS
 from tasks import TASKS
 from tasks.__main__ import COMMANDS, main
-from tasks._configs import find_config, packaged
 
 
 def test_our_script_is_the_only_one_of_its_name():
@@ -34,27 +35,28 @@ def test_help_names_every_command_without_loading_torch():
     assert "torch" not in modules
 
 
-def test_a_run_imports_only_its_own_task_and_data_set():
-    words = ["predict", "--config", "vit_b16_voc.yaml", "--print_config"]
-    for more in ([], ["--model", "Explainability", "--data=VOC"]):
-        _, modules = run_apart(*words, *more)
-        assert modules & {f"tasks.{name}" for name in TASKS} == {"tasks.explainability"}
-        assert modules & {f"datamodules.{name}" for name in DATASETS} == {"datamodules.voc"}
-        assert "open_clip" not in modules
-
-
 def test_help_of_shards_loads_nothing_heavy():
     shown, modules = run_apart("shards", "--help")
     assert "pascal_context" in shown
     assert "torch" not in modules
 
 
-def test_help_lists_every_task_and_data_set(capsys):
+def test_help_of_predict_names_every_task_and_data_set(capsys):
     with pytest.raises(SystemExit):
         main(["predict", "--help"])
     shown = capsys.readouterr().out
-    assert all(f"tasks.{name}" in shown for name in TASKS.values())
-    assert all(f"datamodules.{name}" in shown for name in DATASETS.values())
+    assert all(name in shown for name in (*TASKS.values(), *DATASETS.values()))
+    assert "--trainer.accelerator" in shown
+
+
+def test_help_with_a_task_and_a_data_set_shows_their_fields(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", "--model", "Segmentation", "--data", "Images", "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    fields = ("--model.window", "--model.backbone.attention", "--data.path", "--writer.layout")
+    assert all(field in shown for field in fields)
+    assert "return_predictions" not in shown  # they are never kept in memory
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,7 @@ def test_help_lists_every_task_and_data_set(capsys):
     ],
 )
 def test_a_wrong_class_name_lists_the_nearest_and_the_others(words, near, capsys):
-    assert main(["predict", "--config", "demo.yaml", *words]) == 1
+    assert main(["predict", "--config", "demo.yaml", *words]) == 2
     said = capsys.readouterr().err
     assert f"Did you mean {near}" in said
     assert all(name in said for name in (DATASETS if "data set" in said else TASKS).values())
@@ -75,7 +77,7 @@ def test_a_wrong_class_name_lists_the_nearest_and_the_others(words, near, capsys
 def test_a_wrong_class_name_in_a_config_lists_the_nearest(tmp_path, capsys):
     path = tmp_path / "own.yaml"
     path.write_text("model:\n  class_path: Segmentaton\n")
-    assert main(["predict", "--config", str(path), "--data=VOC", "--data.shards=x"]) == 1
+    assert main(["predict", "--config", str(path), "--data=VOC", "--data.shards=x"]) == 2
     assert "Did you mean Segmentation" in capsys.readouterr().err
 
 
@@ -129,25 +131,17 @@ def test_an_unknown_command_is_refused():
 
 
 def test_a_wrong_config_name_lists_the_nearest(capsys):
-    assert main(["predict", "--config", "vit_b16_vok.yaml"]) == 1
-    assert "vit_b16_voc.yaml" in capsys.readouterr().err
+    assert main(["predict", "--config", "vit_b16_vok.yaml"]) == 2
+    assert "vit_b16_voc" in capsys.readouterr().err
 
 
-def test_packaged_configs_are_found_from_any_folder(tmp_path, monkeypatch):
+def test_a_file_comes_before_a_packaged_config_of_its_name(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert find_config("vit_b16_voc.yaml") == find_config("vit_b16_voc")
-    (tmp_path / "vit_b16_voc.yaml").write_text("{}")
-    assert find_config("vit_b16_voc.yaml") == "vit_b16_voc.yaml"
-
-
-@pytest.mark.parametrize("path", packaged(), ids=lambda p: p.name)
-def test_every_packaged_config_parses(path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["predict", "--config", path.name, "--print_config"])
-    assert stop.value.code == 0
-    shown = yaml.safe_load(capsys.readouterr().out)
-    assert shown["writer"]["output"] == f"runs/{path.stem}"
-    assert path.read_text().startswith("# ")
+    (tmp_path / "vit_b16_voc.yaml").write_text("model: Segmentation\ndata: VOC\n")
+    for name, task in (("vit_b16_voc", "Explainability"), ("vit_b16_voc.yaml", "Segmentation")):
+        with pytest.raises(SystemExit):
+            main(["predict", "--config", name, "--data.shards=x", "--print_config"])
+        assert f"tasks.{task}" in capsys.readouterr().out
 
 
 def test_every_field_can_be_overridden(capsys):
@@ -159,10 +153,147 @@ def test_every_field_can_be_overridden(capsys):
     assert shown["data"]["init_args"]["batch_size"] == 2
 
 
-def test_predictions_are_never_kept_in_memory(capsys):
-    with pytest.raises(SystemExit):
-        main(["predict", "--help"])
-    assert "return_predictions" not in capsys.readouterr().out
+VOC = ("--config", "vit_b16_voc")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "nothing to run: give --config NAME"),
+        (["--config"], "--config: expected one argument"),
+        (["--config", "."], "no config '.'"),
+        (["--model", "Explainability"], "no data set: add --data with one of ADE20K, COCO"),
+        (["--data", "VOC", "--data.shards=x"], "no task: add --model with one of Analysis"),
+        (["--model=Explainability", "--data=VOC"], "needed: --data.shards"),
+        ([*VOC, "--data.batchsize", "3"], "no field `batchsize`; did you mean `batch_size`?"),
+        (
+            [*VOC, "--model.backbone.atention", "raw"],
+            "no field `atention`; did you mean `attention`?",
+        ),
+        ([*VOC, "--batch_size=3"], "did you mean `--data.batch_size`?"),
+        ([*VOC, "--dta.batch_size=3"], "did you mean `--data.batch_size`?"),
+        ([*VOC, "--model.tile=3"], "no field `tile`"),
+        ([*VOC, "--model.backbone", "vit_l15"], "no backbone 'vit_l15'"),
+        ([*VOC, "--data.batch_size", "x"], "--data.batch_size: expected int, got 'x'"),
+        ([*VOC, "--data.batch_size"], "--data.batch_size: expected one argument"),
+        ([*VOC, "--model.backbone.blocks=x"], "--model.backbone.blocks: expected int"),
+        ([*VOC, "--data.resize", "crop"], "expected 'squash' or 'short_side', got 'crop'"),
+        ([*VOC, "--data.image_size=a"], "expected int or tuple[int, int] or null, got 'a'"),
+        ([*VOC, "--trainer.max_epochs=x"], "--trainer.max_epochs: expected int or null, got 'x'"),
+        ([*VOC, "--trainer.callbacks=Mine"], "--trainer.callbacks: expected"),
+        ([*VOC, "--trainer.logger.name=x"], "--trainer.logger: expected"),
+        ([*VOC, "photos"], "'photos' belongs to no option"),
+        ([*VOC, "-x"], "'-x' belongs to no option"),
+        ([*VOC, "--model", "mine.MyTask"], "no module 'mine'"),
+        ([*VOC, "--model", "json.JSONDecoder"], "json.JSONDecoder is no task"),
+        ([*VOC, "--model", "tasks.Segmentaton"], "did you mean Segmentation?"),
+        ([*VOC, "--model", "own.yaml"], "no file 'own.yaml'"),
+        ([*VOC, "--model", "{"], "not YAML"),
+    ],
+)
+def test_a_mistyped_command_line_is_told_in_a_line(words, said, capsys):
+    assert main(["predict", *words]) == 2
+    message = capsys.readouterr().err
+    assert said in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: Explainability\n  data: [", "own.yaml, line 2: not YAML"),
+        ("", "own.yaml: settings expected"),
+        ("- model", "own.yaml: settings expected"),
+        ("data: {class_path: VOC, init_args: {batchsize: 3}}", "did you mean `batch_size`?"),
+        ("data: {init_args: {batch_size: x}}", "own.yaml: data.batch_size: expected int, got 'x'"),
+        ("data: {class_path: VOC, batch_size: 3}", "fields belong below `init_args`"),
+        (
+            "model: {init_args: {backbone: {atention: raw}}}",
+            "own.yaml: no field `atention`; did you",
+        ),
+        ("model: {init_args: {backbone: vit_b61}}", "own.yaml: no backbone 'vit_b61'"),
+        ("model: 3", "own.yaml: model: a class name or settings expected, not 3"),
+        ("modl: Explainability", "no field `modl`; did you mean `model`?"),
+        ("writer: {outputs: here}", "own.yaml: no field `outputs`; did you mean `output`?"),
+        ("trainer: {device: 1}", "own.yaml: no field `device`; did you mean `devices`?"),
+        ("experiment: vok", "own.yaml: no experiment 'vok'"),
+        ("data: data.yaml", "own.yaml: no file 'data.yaml'"),
+    ],
+)
+def test_a_mistyped_config_is_told_in_a_line_with_its_name(text, said, tmp_path, capsys):
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    assert main(["predict", *VOC, "--config", str(path)]) == 2
+    message = capsys.readouterr().err
+    assert said in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--trainer.accelerator", "tpu"],
+        ["--trainer.accelerator", "abacus"],
+        ["--trainer.devices", "0"],
+        ["--trainer.strategy", "sideways"],
+        ["--trainer.precision", "bf16-mixed", "--trainer.plugins", "abacus"],
+    ],
+)
+def test_what_the_trainer_refuses_is_told_in_a_line(words, tmp_path, capsys):
+    command = ["predict", "--config", "demo", f"--writer.output={tmp_path}", *words]
+    assert main(command) in (1, 2)
+    message = capsys.readouterr().err
+    assert "--trainer" in message
+    assert len(message.splitlines()) == 1
+
+
+MINE = """
+from base_of_mine import Base
+
+class MyTask(Base):
+    def __init__(self, loudness: int = 3, **kwargs):
+        super().__init__(**kwargs)
+        self.loudness = loudness
+"""
+
+
+def test_a_task_of_ones_own_lies_beside_the_config(tmp_path, monkeypatch, capsys, command):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "task_of_mine.py").write_text(MINE)
+    (folder / "base_of_mine.py").write_text("from tasks import Explainability as Base\n")
+    path = folder / "own.yaml"
+    path.write_text("model:\n  class_path: task_of_mine.MyTask\n  init_args: {loudness: 11}\n")
+    monkeypatch.setattr("sys.path", [*sys.path])
+    words = [word for word in command(tmp_path / "run", "--config", path) if word != "--model"]
+    words.remove("Explainability")
+    assert main([*words, "--model.threshold=0.4"]) == 0
+    task = json.loads((tmp_path / "run" / "run.json").read_text())["identity"]["task"]
+    assert task["class"] == "MyTask"
+    assert (task["loudness"], task["threshold"]) == (11, 0.4)
+    assert (task["void"], task["backbone"]["blocks"]) == ("ignore", 6)
+
+
+def test_the_current_folder_is_not_where_classes_are_looked_for(tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('imported from the current folder')")
+    (tmp_path / "json.py").write_text("raise SystemExit('imported from the current folder')")
+    (tmp_path / "trap.py").write_text("raise SystemExit('imported from the current folder')")
+    words = ["predict", *VOC, "--model", "trap.Task"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tasks", *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "no module 'trap'" in done.stderr
+    assert "imported from" not in done.stderr
+
+
+@pytest.mark.parametrize("words", ["list configs", "--help", "predict --help", "shards voc --help"])
+def test_a_reader_that_leaves_early_sees_no_traceback(words):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "tasks", *words.split()]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.stderr == ""
 
 
 def test_missing_shards_say_what_to_do(capsys):

@@ -1,0 +1,323 @@
+"""From configs and words of a command line to a task, a DataModule, a writer and a Trainer."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from common.errors import InvalidSetting, UserError
+from datamodules import DATASETS, ShardDataModule
+from datamodules._remote import without_query
+from tasks import TASKS
+from tasks._configs import (
+    InvalidConfig,
+    Layer,
+    find_part,
+    fold,
+    import_class,
+    leaves,
+    parse_yaml,
+    read_layers,
+)
+from tasks._progress import ImageProgress
+from tasks.base import Task
+from tasks.run.callback import ResultWriter
+
+USAGE = "lightning predict --config NAME [--model TASK] [--data DATASET] [any field below]"
+_DEFAULTS = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+
+
+class Predict(LightningCLI):
+    """All objects of a run, made from its settings.
+
+    The task and the DataModule are chosen first; the parser then knows their fields, as it knows the
+    Trainer's.
+
+    Args:
+        layers: what configs set; later ones win.
+        words: fields on a command line (``--data.batch_size 4``); they win over all layers.
+    """
+
+    writer: ResultWriter
+
+    def __init__(self, layers: Sequence[Layer], words: Sequence[str] = ()) -> None:
+        self.layers = layers
+        wants_help = {"-h", "--help"}.intersection(words)
+        self.classes: dict[str, type] = {}
+        for section, base in (("model", Task), ("data", ShardDataModule)):
+            named = [layer for layer in layers if section in layer.classes]
+            if named:
+                path = named[-1].classes[section]
+                self.classes[section] = import_class(section, path, named[-1].folder)
+            elif wants_help:
+                self.classes[section] = base
+            else:
+                raise InvalidConfig(_nothing_chosen(section, layers))
+        super().__init__(
+            self.classes["model"],
+            self.classes["data"],
+            subclass_mode_model=False,
+            subclass_mode_data=False,
+            save_config_callback=None,
+            seed_everything_default=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={
+                "prog": "lightning predict",
+                "usage": USAGE,
+                "description": _description(),
+                "exit_on_error": False,
+                "allow_abbrev": False,
+            },
+            trainer_defaults=_DEFAULTS,
+            args=list(words),
+            run=False,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that dumps the chosen classes beside their fields."""
+        self.parser_class = type("Parser", (_Parser,), {"classes": self.classes})
+        return super().init_parser(**kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the writer's fields."""
+        parser.add_lightning_class_args(ResultWriter, "writer")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Merge the layers, check their fields, and let the words win.
+
+        Raises:
+            InvalidConfig: a field doesn't exist or has a wrong value; names its source.
+        """
+        dests = {action.dest for action in parser._actions}
+        known = {d for d in dests if not any(other.startswith(f"{d}.") for other in dests)}
+        origin: dict[str, str] = {}
+        settings: dict[str, Any] = {}
+        for layer in self.layers:
+            for key, value in leaves(layer.fields, known):
+                if key not in known:
+                    if self._of_another_class(layer, key):
+                        continue
+                    raise InvalidConfig(f"{layer.source}: {no_field(key, known)}")
+                origin[key] = f"{layer.source}: {key}"
+                settings = _put(settings, key, value)
+        try:
+            config = yaml.safe_dump(settings, allow_unicode=True)
+            self.config = parser.parse_args([f"--config={config}", *args] if settings else args)
+        except argparse.ArgumentError as error:
+            given = {word.partition("=")[0].lstrip("-") for word in args}
+            words = {key: source for key, source in origin.items() if key not in given}
+            raise InvalidConfig(in_a_line(str(error), known, words)) from None
+
+    def _of_another_class(self, layer: Layer, key: str) -> bool:
+        """Whether a layer sets a field for a class in whose place another was chosen."""
+        section = key.partition(".")[0]
+        return section in self.classes and layer.classes.get(section, "").rpartition(".")[
+            2
+        ] not in (
+            "",
+            self.classes[section].__name__,
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """The Trainer, with the writer and a progress bar that counts images."""
+        self.writer = self._get(self.config_init, "writer")
+        self.writer.config = without_query(self.parser.dump(self.config, skip_unset=False))
+        # Under SLURM, Lightning would load a checkpoint that a training left in this folder.
+        if self.config.trainer.default_root_dir is None:
+            kwargs["default_root_dir"] = str(self.writer.output)
+        if SLURMEnvironment.detect() and not self.config.trainer.plugins:
+            # Else SIGUSR1 would save such a checkpoint; our batch scripts put the job back.
+            kwargs["plugins"] = [SLURMEnvironment(auto_requeue=False)]
+        if self.config.trainer.enable_progress_bar is not False:
+            theirs = self._get(self.config_init, "trainer").get("callbacks") or []
+            kwargs["callbacks"] = [
+                *(theirs if isinstance(theirs, list) else [theirs]),
+                ImageProgress(),
+            ]
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except UserError:
+            raise
+        except (
+            MisconfigurationException,
+            ValueError,
+            TypeError,
+            ImportError,
+            RuntimeError,
+        ) as error:
+            # What Lightning's Trainer refuses are settings: no GPU, no such strategy, ...
+            hint = ""
+            if self.config.trainer.accelerator not in ("auto", "cpu"):
+                hint = " (--trainer.accelerator auto takes what this machine has)"
+            raise InvalidSetting(f"--trainer: {' '.join(str(error).split())}{hint}") from None
+
+
+class _Parser(LightningArgumentParser):
+    classes: dict[str, type]
+
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """The settings as a config: each class with its path, its fields below ``init_args``."""
+        lines: list[str] = []
+        inside = False
+        for line in super().dump(*args, **kwargs).splitlines():
+            if cls := self.classes.get(line.removesuffix(":")):
+                inside = True
+                lines += [line, f"  class_path: {path_of(cls)}", "  init_args:"]
+            else:
+                inside = inside and line.startswith(" ")
+                lines.append(f"  {line}" if inside else line)
+        return "".join(f"{line}\n" for line in lines)
+
+
+def path_of(cls: type) -> str:
+    """The path by which a config names a class."""
+    for package, names in (("tasks", TASKS), ("datamodules", DATASETS)):
+        if cls.__module__.startswith(f"{package}.") and cls.__name__ in names.values():
+            return f"{package}.{cls.__name__}"
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def read_words(words: Sequence[str]) -> tuple[list[Layer], list[str]]:
+    """The configs and classes that a command line names, as layers, and the words that are fields."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    parser.add_argument("--model", "--model.class_path")
+    parser.add_argument("--data", "--data.class_path")
+    try:
+        named, rest = parser.parse_known_args(list(words))
+    except argparse.ArgumentError as error:
+        raise InvalidConfig(f"{error.argument_name}: {error.message}") from None
+    layers = [layer for config in named.config for layer in read_layers(config)]
+    for section in ("model", "data"):
+        value = getattr(named, section)
+        if value is not None:
+            if value.startswith("{"):
+                value = parse_yaml(value, f"--{section}")
+            cls, fields = fold(section, value, Path.cwd())
+            classes = {section: cls} if cls else {}
+            # A class of one's own lies beside the config, or is installed.
+            folder = next((layer.folder for layer in reversed(layers) if layer.folder), None)
+            layers.append(Layer(f"--{section}", {section: fields}, classes, folder))
+    fields_of = re.compile(r"^--(model|data)\.init_args\.")
+    rest = [fields_of.sub(r"--\1.", word) for word in rest]
+    for i, word in enumerate(rest):
+        option, equals, value = word.partition("=")
+        if option == "--model.backbone" and (equals or i + 1 < len(rest)):
+            part = find_part("backbones", value or rest[i + 1], Path.cwd())
+            rest[i if equals else i + 1] = f"{option}={part}" if equals else str(part)
+    return layers, rest
+
+
+def layer_of(fields: Mapping[str, Any]) -> Layer:
+    """Fields as keyword arguments name them: nested, or with dots (``**{"data.batch_size": 4}``)."""
+    settings: dict[str, Any] = {}
+    for key, value in fields.items():
+        settings = _put(settings, key, value)
+    classes: dict[str, str] = {}
+    for section in settings.keys() & {"model", "data"}:
+        cls, settings[section] = fold(section, settings[section], Path.cwd())
+        classes |= {section: cls} if cls else {}
+    return Layer("fields", settings, classes)
+
+
+def _put(settings: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """``settings`` with one more value, at a dotted key."""
+    head, _, rest = key.partition(".")
+    below = settings.get(head)
+    return {
+        **settings,
+        head: _put(below if isinstance(below, dict) else {}, rest, value) if rest else value,
+    }
+
+
+def _description() -> str:
+    return (
+        "Run a task over shards. NAME is a packaged config (`lightning list configs`) or a file; "
+        f"TASK one of {', '.join(sorted(TASKS.values()))}; DATASET one of "
+        f"{', '.join(sorted(DATASETS.values()))}. With both named, --help shows their own fields, too."
+    )
+
+
+def _nothing_chosen(section: str, layers: Sequence[Layer]) -> str:
+    if not layers:
+        return (
+            "nothing to run: give --config NAME (`lightning list configs`), or --model TASK and "
+            "--data DATASET. First run: lightning predict --config demo.yaml"
+        )
+    what, choices = {
+        "model": ("task", TASKS),
+        "data": ("data set", DATASETS),
+    }[section]
+    return f"no {what}: add --{section} with one of {', '.join(sorted(choices.values()))}"
+
+
+def no_field(key: str, known: set[str], mark: str = "") -> str:
+    """That a dotted field doesn't exist, and which was meant; ``mark`` stands before whole names."""
+    parent, _, name = key.rpartition(".")
+    above = f"{parent}." if parent else ""
+    beside = {k.removeprefix(above).partition(".")[0] for k in known if k.startswith(above)}
+    near = difflib.get_close_matches(name, beside, n=1)
+    if near:
+        return f"no field `{name}`; did you mean `{near[0]}`?"
+    elsewhere = sorted(k for k in known if k.rpartition(".")[2] == name)
+    elsewhere += difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    if elsewhere:
+        return f"no field `{name}`; did you mean `{mark}{elsewhere[0]}`?"
+    there = f"{parent} has {', '.join(sorted(beside))}" if parent and beside else "--help lists all"
+    return f"no field `{name}`; {there}"
+
+
+def in_a_line(message: str, known: set[str], origin: Mapping[str, str]) -> str:
+    """What jsonargparse says at length, in a sentence.
+
+    Args:
+        message: jsonargparse's.
+        known: all fields.
+        origin: field -> what to call it, where a config set it.
+    """
+    if match := re.match(r"unrecognized arguments: (.*)", message, re.DOTALL):
+        word = match[1].split()[0]
+        if not word.startswith("--"):
+            return f"{word!r} belongs to no option"
+        option = word.partition("=")[0]
+        return f"{option}: {no_field(option.removeprefix('--'), known, '--')}"
+    if match := re.match(r"the following arguments are required: (.*)", message):
+        return f"needed: {', '.join(f'--{key}' for key in match[1].split(', '))}"
+    if match := re.match(r'(?:argument \S+: )?Parser key "([^"]+)":\s*', message):
+        key, rest = match[1], message[match.end() :]
+        name = origin.get(key, f"--{key}")
+        types = re.search(r"Subtypes: \[(.*)\]", rest) or re.search(
+            r"Expected an? (.*?)(?:\. Got value|$)", rest, re.MULTILINE
+        )
+        given = re.search(r"(?:Given value|Got value): (.*)", rest)
+        inner = re.search(r"(Option '[^']+' is not accepted)", rest)
+        if inner:
+            return f"{name}: {inner[1]}"
+        if types and given:
+            return f"{name}: expected {_types(types[1])}, got {given[1]!r}"
+        return f"{name}: {' '.join(rest.split())}"
+    return " ".join(message.removeprefix("argument ").split())
+
+
+def _types(text: str) -> str:
+    """Types as Python shows them, in words."""
+    text = re.sub(r"<class '([^']*)'>", r"\1", text).replace("NoneType", "null")
+    text = re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Za-z])", "", text)  # modules
+    text = re.sub(r"Literal\[([^\]]*)\]", r"\1", text)
+    types = re.split(r", (?![^\[]*\])", text)
+    return " or ".join(dict.fromkeys(types))
