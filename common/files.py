@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import math
 import os
@@ -16,6 +17,15 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_bytes(data.encode() if isinstance(data, str) else data)
     partial.replace(path)
+
+
+def file_sha256(path: str | Path) -> str:
+    """Checksum of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def finite(value: Any) -> Any:

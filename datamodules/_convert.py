@@ -24,6 +24,7 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 from common.errors import UserError
+from common.files import file_sha256
 from datamodules._decode import read_index_png
 from datamodules._tar import BadSample
 from datamodules.samples import DatasetInfo
@@ -156,7 +157,7 @@ def _write_shard(source: Source, output: Path, name: str, items: Sequence[Any]) 
                     samples += 1
         file.flush()
         os.fsync(file.fileno())
-    facts = ShardFacts(name, samples, sha256_of(partial), _identity(source, items), tuple(bad))
+    facts = ShardFacts(name, samples, file_sha256(partial), _identity(source, items), tuple(bad))
     _publish(output / f"{name}.json", json.dumps(asdict(facts)).encode())
     partial.replace(output / name)
     return facts
@@ -168,7 +169,7 @@ def _finished(output: Path, name: str, identity: str) -> ShardFacts | None:
     if not (output / name).exists() or not beside.exists():
         return None
     facts = json.loads(beside.read_text())
-    if facts["source"] != identity or sha256_of(output / name) != facts["sha256"]:
+    if facts["source"] != identity or file_sha256(output / name) != facts["sha256"]:
         return None
     return ShardFacts(**{**facts, "bad": tuple((k, r) for k, r in facts["bad"])})
 
@@ -192,15 +193,6 @@ def _publish(path: Path, data: bytes) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_bytes(data)
     partial.replace(path)
-
-
-def sha256_of(path: Path) -> str:
-    """Checksum of a file, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def sample_members(info: DatasetInfo, image_id: str, image: Path, label: np.ndarray) -> Members:

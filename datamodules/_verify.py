@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from common.errors import MissingFile
+from common.files import file_sha256
 from common.pictures import MAX_PIXELS
-from datamodules._convert import sha256_of
 from datamodules._decode import Decoder, reason_of
 from datamodules._tar import ShardError, index_shard
 from datamodules.samples import VOID, DatasetInfo, SampleError
@@ -93,7 +93,7 @@ def verify_shard(
     if expected and len(entries) != expected["samples"]:
         reason = f"has {len(entries)} samples, dataset.json says {expected['samples']}"
         problems.append(SampleError(path.name, "", reason))
-    if expected and sha256_of(path) != expected["sha256"]:
+    if expected and file_sha256(path) != expected["sha256"]:
         problems.append(SampleError(path.name, "", "its checksum is not that in dataset.json"))
     for entry in entries:
         try:

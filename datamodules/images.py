@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from glob import glob
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from common.errors import InvalidSetting, MissingFile
 from common.pictures import ENDINGS
+from datamodules._contents import describe_file, describe_group
 from datamodules._decode import Decoder
 from datamodules._remote import Spool, check_protocol, is_remote, without_query
 from datamodules._tar import MAX_KEY, TARS, Entry, Span
@@ -77,15 +78,19 @@ class Images(ShardDataModule):
         """Images in each group; those of tars are not known."""
         return {name: len(entries) for name, entries in self.found[0].items()}
 
-    def settings(self) -> dict[str, Any]:
-        """What of the settings can change a result: also the names and sizes of the files."""
-        settings = super().settings()
-        digest = hashlib.sha256(settings["checksum"].encode())
-        for entries in self.found[0].values():
-            for entry in entries:
-                for span in entry.members.values():
-                    digest.update(repr((entry.key, span.size)).encode())
-        return {**settings, "checksum": digest.hexdigest()}
+    def contents(self) -> dict[str, dict[str, Any]]:
+        """What tells whether a group, or a tar, is still the same, by name."""
+        groups, tars = self.found
+        found: dict[str, dict[str, Any]] = {}
+        for name, entries in groups.items():
+            spans = [(entry.key, span) for entry in entries for span in entry.members.values()]
+            with suppress(OSError):
+                found[name] = describe_group((key, Path(span.path)) for key, span in spans)
+        for name, url in name_shards(tars):
+            if not is_remote(url):
+                with suppress(OSError):
+                    found[name] = describe_file(Path(url))
+        return found
 
     def stream(self, shards: list[tuple[str, str]], decoder: Decoder, spool: Spool) -> ShardStream:
         """Batches of the groups and tars."""

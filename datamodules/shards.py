@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from common.errors import InvalidSetting, MissingFile
 from common.pictures import MAX_PIXELS
+from datamodules._contents import describe_file
 from datamodules._decode import Decoder, reason_of
 from datamodules._device_decode import decode_pending, load_decoder
 from datamodules._download import Archive
@@ -37,8 +37,6 @@ from datamodules._remote import (
 from datamodules._tar import TARS, Entry, ShardError, index_shard
 from datamodules._words import read_names, worded
 from datamodules.samples import Batch, DatasetInfo, Sample, SampleError, Wording
-
-_GLANCE = 1 << 16  # bytes
 
 
 class ShardStream(IterableDataset[Batch]):
@@ -200,17 +198,11 @@ class ShardDataModule(LightningDataModule):
         self.part = part
         self.parts = parts
         self.finished: frozenset[str] = frozenset()
+        self._folders: dict[Path, dict[str, dict[str, Any]]] = {}
         self._spool_folder: SpoolFolder | None = None
 
     def settings(self) -> dict[str, Any]:
         """What of the settings can change a result."""
-        checksums = [
-            shard["sha256"]
-            for folder in {
-                Path(url).parent: 0 for _, url in self.shard_list() if not is_remote(url)
-            }
-            for shard in self._described(folder).get("shards", [])
-        ]
         return {
             "name": self.info.name,
             "prompts": list(self.info.prompts),
@@ -221,25 +213,22 @@ class ShardDataModule(LightningDataModule):
             "decoder": self._decoded_by(),
             "max_pixels": self.max_pixels,
             "shards": [name for name, _ in self.shard_list()],
-            "checksum": hashlib.sha256("".join(checksums).encode()).hexdigest(),
         }
 
     def shard_list(self) -> list[tuple[str, str]]:
         """(name, path or URL) of all shards, in order; the names are unique."""
         return name_shards(expand_shards(self.shards, allow_pipe=self.allow_pipe))
 
-    def contents(self) -> dict[str, str]:
-        """Size and checksum of the beginning of each local shard, by name.
+    def contents(self) -> dict[str, dict[str, Any]]:
+        """What `has_changed` needs to tell whether a shard of this machine is still the same, by name.
 
-        Tells another shard of the same name apart without reading it all. One that can't be read is
-        left out: it is an error of this shard, found when its turn comes.
+        One that can't be read is left out: it is an error of this shard, found when its turn comes.
         """
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
         for name, url in self.shard_list():
             if not is_remote(url):
-                with suppress(OSError), open(url, "rb") as file:
-                    start = hashlib.sha256(file.read(_GLANCE)).hexdigest()
-                    found[name] = f"{os.fstat(file.fileno()).st_size} bytes, {start[:16]}"
+                with suppress(OSError):
+                    found[name] = describe_file(Path(url), self._listed(url).get("sha256"))
         return found
 
     def sample_counts(self) -> dict[str, int]:
@@ -248,18 +237,21 @@ class ShardDataModule(LightningDataModule):
         Raises:
             ValueError: what is written there says that the shards are another data set's.
         """
-        folders: dict[Path, dict[str, int]] = {}
         counts: dict[str, int] = {}
         for name, url in self.shard_list():
-            if is_remote(url):
-                continue
-            path = Path(url)
-            if path.parent not in folders:
-                shards = self._described(path.parent).get("shards", [])
-                folders[path.parent] = {s["name"]: int(s["samples"]) for s in shards}
-            if path.name in folders[path.parent]:
-                counts[name] = folders[path.parent][path.name]
+            if "samples" in (listed := self._listed(url)):
+                counts[name] = int(listed["samples"])
         return counts
+
+    def _listed(self, url: str) -> dict[str, Any]:
+        """What ``dataset.json`` says of a shard; empty if it says nothing."""
+        if needs_spool(url):
+            return {}
+        path = Path(url)
+        if path.parent not in self._folders:
+            shards = self._described(path.parent).get("shards", [])
+            self._folders[path.parent] = {shard["name"]: shard for shard in shards}
+        return self._folders[path.parent].get(path.name, {})
 
     def _described(self, folder: Path) -> dict[str, Any]:
         described = read_dataset_json(folder)

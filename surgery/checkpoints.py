@@ -4,7 +4,6 @@ Read by what the file is, not by its name: safetensors; a state dict or an open_
 checkpoint saved by torch; OpenAI's published TorchScript archives. A pickled module is refused.
 """
 
-import hashlib
 import io
 import pickle
 import zipfile
@@ -178,15 +177,6 @@ def _fault(value: Tensor) -> str | None:
     if value.dtype not in _DTYPES:
         return f"of a type that weights don't have ({value.dtype})"
     return None
-
-
-def file_sha256(path: str | Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _first(names: list[str], count: int = 3) -> str:

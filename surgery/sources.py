@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from common.errors import InvalidSetting, UserError
-from surgery.checkpoints import CheckpointError, file_sha256, load_weights, read_checkpoint
+from common.files import file_sha256
+from surgery.checkpoints import CheckpointError, load_weights, read_checkpoint
 
 log = logging.getLogger(__name__)
 

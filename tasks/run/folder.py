@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.files import write_atomically
+from datamodules._contents import has_changed
 from datamodules.samples import DatasetInfo, SampleError
 from tasks.run.errors import RunError
 from tasks.run.lock import FolderLock, Job
@@ -275,8 +276,8 @@ class Run:
             return
         contents = before.get("contents", {})
         for name, now in self.described["contents"].items():
-            was = contents.get(name)
-            if was and now and was != now and (path := find_shard(self.folder, name)):
+            was, path = contents.get(name), find_shard(self.folder, name)
+            if was and path and has_changed(was, now):
                 raise RunError(
                     f"the pictures of shard {name} have changed since {path} was made of them. Delete "
                     f"that file to have them done again. {_ANEW}"

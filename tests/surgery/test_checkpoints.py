@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from common.files import file_sha256
 from surgery import load_backbone
-from surgery.checkpoints import CheckpointError, file_sha256, read_checkpoint
+from surgery.checkpoints import CheckpointError, read_checkpoint
 
 
 @pytest.fixture

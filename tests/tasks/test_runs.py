@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tasks.__main__ import main
 from tests.tasks.conftest import members, same_results
@@ -92,6 +93,52 @@ def test_other_content_under_the_same_names_is_refused(finished, scenes, command
     assert "the pictures of shard 000000 have changed" in capsys.readouterr().err
     (run / "000000.tar").unlink()
     assert main(command(run, f"--data.shards={shards}")) == 0
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_one_byte_that_changed_in_a_shard(listed, finished, scenes, command, tmp_path, capsys):
+    shards = shutil.copytree(scenes, tmp_path / "shards")
+    if not listed:
+        (shards / "dataset.json").unlink()
+    words = command(tmp_path / "run", f"--data.shards={shards}")
+    assert main(words) == 0
+    with open(shards / "000001.tar", "r+b") as file:
+        file.seek(900)  # inside the first picture: the size stays, and so do all headers
+        (byte,) = file.read(1)
+        file.seek(900)
+        file.write(bytes([byte ^ 255]))
+    assert main(words) == 1
+    assert "the pictures of shard 000001 have changed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_shards_that_were_copied_are_the_same(listed, scenes, command, tmp_path):
+    """To another disk, with another time of modification."""
+    shards = shutil.copytree(scenes, tmp_path / "shards")
+    if not listed:
+        (shards / "dataset.json").unlink()
+    assert main(command(tmp_path / "run", f"--data.shards={shards}")) == 0
+    copies = shutil.copytree(shards, tmp_path / "copies", copy_function=shutil.copyfile)
+    for number, path in enumerate(sorted(copies.glob("*.tar"))):
+        os.utime(path, (number, number))
+    assert main(command(tmp_path / "run", f"--data.shards={copies}")) == 0
+
+
+def test_a_picture_that_changed_under_the_same_size(command, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i, colour in enumerate(("red", "green")):
+        Image.new("RGB", (60, 60), colour).save(photos / f"{i}.bmp")
+    words = [
+        *command(tmp_path / "run", "--data=Images", f"--data.path={photos}"),
+        "--data.names=[cat, dog]",
+    ]
+    words = [word for word in words if not word.startswith("--data.shards")]
+    assert main(words) == 0
+    assert main(words) == 0
+    Image.new("RGB", (60, 60), "blue").save(photos / "1.bmp")
+    assert main(words) == 1
+    assert "the pictures of shard images-00000 have changed" in capsys.readouterr().err
 
 
 def test_metrics_of_a_garbled_shard(finished, tmp_path, capsys):
