@@ -12,7 +12,7 @@ from datamodules.samples import DatasetInfo, Wording
 
 
 def read_names(names: list[str] | str | None) -> list[str] | None:
-    """Class names: a list, a text file with one a line, or names with commas between.
+    """Class names: a list, a text file with one a line (``#`` begins a comment), or with commas between.
 
     Raises:
         FileNotFoundError: ``names`` looks like a text file, and there is none.
@@ -20,7 +20,8 @@ def read_names(names: list[str] | str | None) -> list[str] | None:
     if not isinstance(names, str):
         return names
     if os.path.isfile(names):
-        lines = Path(names).read_text(encoding="utf-8-sig").splitlines()
+        text = Path(names).read_text(encoding="utf-8-sig")
+        lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     elif names.endswith(".txt"):
         raise MissingFile(f"--data.names {names!r}: no such file in {os.getcwd()}")
     else:

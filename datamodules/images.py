@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from lightning.pytorch.utilities import rank_zero_only
 
 from common.errors import InvalidSetting, MissingFile
 from common.pictures import ENDINGS
@@ -19,6 +23,31 @@ from datamodules._remote import Spool, check_protocol, is_remote, without_query
 from datamodules._tar import MAX_KEY, TARS, Entry, Span
 from datamodules.samples import DatasetInfo
 from datamodules.shards import ShardDataModule, ShardStream, name_shards
+
+log = logging.getLogger(__name__)
+
+NOT_READ = tuple(
+    f".{ending}"
+    for ending in (
+        *("heic", "heif", "jxl", "svg", "psd", "xcf", "tga", "ico", "eps", "ps", "pdf"),
+        *(
+            "jp2",
+            "j2k",
+            "ppm",
+            "pgm",
+            "jfif",
+            "jpe",
+            "raw",
+            "dng",
+            "cr2",
+            "cr3",
+            "nef",
+            "arw",
+            "orf",
+        ),
+    )
+)
+"""Endings of pictures that are not looked for in a folder; there they are counted, and said."""
 
 INFO = DatasetInfo(name="images", labels="none")
 
@@ -147,6 +176,7 @@ def find_images(specs: Sequence[str]) -> tuple[list[Picture], list[str]]:
             else:
                 inside = [Picture(file, file.relative_to(found)) for file in walk(found)]
                 images = [p for p in inside if p.file.suffix[1:].lower() in ENDINGS]
+                _say_what_is_left_out(name, [p.file for p in inside])
                 for picture in images:
                     pictures.setdefault(picture.file, picture)
                 if not images:
@@ -157,6 +187,17 @@ def find_images(specs: Sequence[str]) -> tuple[list[Picture], list[str]]:
                 f"a file or a tar with --data.path; known endings: {', '.join(ENDINGS)}"
             )
     return list(pictures.values()), list(dict.fromkeys(tars))
+
+
+@rank_zero_only
+def _say_what_is_left_out(folder: str, files: Sequence[Path]) -> None:
+    counts = Counter(file.suffix.lower() for file in files)
+    left_out = [f"{counts[ending]} {ending}" for ending in NOT_READ if counts[ending]]
+    if left_out:
+        log.warning(
+            "pictures in %s that are left out: %s; these kinds are not read, convert them to JPEG or PNG",
+            *(folder, ", ".join(left_out)),
+        )
 
 
 def walk(folder: Path) -> Iterator[Path]:

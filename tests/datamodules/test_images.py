@@ -316,6 +316,19 @@ def test_names_come_from_a_file_too(photos, tmp_path):
         images(str(photos), names="missing.txt")
 
 
+def test_comments_in_a_file_of_names(photos, tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("# what we look for\ncat\n  # not dogs\nC# sheet\n")
+    assert images(str(photos), names=str(words)).info.classes == ("cat", "C# sheet")
+
+
+def test_pictures_that_are_not_read_are_counted(photos, caplog):
+    for name in ("a.HEIC", "trip to Köln/b.heic", "c.svg", "d.txt"):
+        (photos / name).write_bytes(b"")
+    assert len(keys_of(images(str(photos)))) == 6
+    assert "left out: 2 .heic, 1 .svg;" in caplog.text
+
+
 def test_nothing_there_says_what_to_give(tmp_path):
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", tmp_path / "missing.jpg", tmp_path / "*.jpg"):
