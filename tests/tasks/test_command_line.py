@@ -176,7 +176,7 @@ VOC = ("--config", "vit_b16_voc")
         ([*VOC, "--model.backbone", "vit_l15"], "no backbone 'vit_l15'"),
         ([*VOC, "--data.batch_size", "x"], "--data.batch_size: expected int, got 'x'"),
         ([*VOC, "--data.batch_size"], "--data.batch_size: expected one argument"),
-        ([*VOC, "--model.backbone.blocks=x"], "--model.backbone.blocks: expected int"),
+        ([*VOC, "--model.backbone.image_size=x"], "image_size: expected int or null, got 'x'"),
         ([*VOC, "--data.resize", "crop"], "expected 'squash' or 'short_side', got 'crop'"),
         ([*VOC, "--data.image_size=a"], "expected int or tuple[int, int] or null, got 'a'"),
         ([*VOC, "--trainer.max_epochs=x"], "--trainer.max_epochs: expected int or null, got 'x'"),

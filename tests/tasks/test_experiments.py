@@ -7,7 +7,6 @@ images without any of the classes.
 
 import io
 import json
-import re
 
 import numpy as np
 import pytest
@@ -18,12 +17,13 @@ from PIL import Image
 
 from datamodules import READ_AS_THEY_ARE
 from tasks.__main__ import main
-from tasks._configs import packaged
+from tasks._configs import FOLDER, names_of
 from tests.datamodules import fakes
 from tests.tasks.conftest import members
 
-BACKBONE = re.compile(r"(vit|rn)_?\w?\d+_")
-EXPERIMENTS = {BACKBONE.sub("", path.stem, count=1): path.name for path in packaged()}
+EXPERIMENTS = {path.stem: path.name for path in FOLDER.glob("*.yaml")} | {
+    name: f"vit_b16_{name}" for name in names_of("experiments")
+}
 """What an experiment is called without its backbone -> a config of it."""
 
 DATA_SETS = {
