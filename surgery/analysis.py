@@ -31,9 +31,14 @@ TOKENS = ("class", "patches")
 class BlockView:
     """One block of a ViT on B images, on the path that plain CLIP takes.
 
-    weights: attention among the 1 + N tokens, [B, 1 + N, 1 + N], mean over heads, rows sum to 1,
-    for each of `ATTENTIONS`. outputs: what each of `MODULES` adds to the path, through ln_post and
-    projection, [B, 1 + N, C]. Token 0 is the class token. grid: (h, w), N = h*w.
+    Token 0 is the class token.
+
+    Attributes:
+        weights: attention among the 1 + N tokens, [B, 1 + N, 1 + N], mean over heads, rows sum to
+            1, for each of `ATTENTIONS`.
+        outputs: what each of `MODULES` adds to the path, through ln_post and projection,
+            [B, 1 + N, C].
+        grid: (h, w), N = h*w.
     """
 
     weights: dict[str, Tensor]
@@ -101,9 +106,7 @@ def cells(masks: Tensor, grid: tuple[int, int]) -> Tensor:
 def foreground_selection(weights: Tensor, foreground: Tensor, valid: Tensor) -> Tensor:
     """How much of the attention of an object's patches falls on the object (FSR, Eq. 4).
 
-    weights [N, N]: attention of patches (rows) to patches; rows need not sum to 1. foreground,
-    valid: bool [P, N], the cells of P objects, and those that count at all. Returns [P, 3]: means
-    over the object's cells, in [0, 1], one for each of `RATIOS`:
+    Means over the object's cells, one for each of `RATIOS`:
         weight: share of the attention weight that lies on the object;
         others: the same without the asking patch itself, which v-v attention favours trivially;
         top: share of the k strongest cells that are the object's, k being the object's size.
@@ -112,6 +115,14 @@ def foreground_selection(weights: Tensor, foreground: Tensor, valid: Tensor) -> 
 
     Three readings of one name: `weight`, the one that needs no choice of a cut, is what we call
     mFSR; it is averaged over the images of a class and then over classes, for every block.
+
+    Args:
+        weights: [N, N], attention of patches (rows) to patches; rows need not sum to 1.
+        foreground: bool [P, N], the cells of P objects.
+        valid: bool [P, N], those that count at all.
+
+    Returns:
+        [P, 3], in [0, 1].
     """
     rows = []
     for inside, counted in zip(foreground & valid, valid, strict=True):
@@ -133,8 +144,12 @@ def foreground_selection(weights: Tensor, foreground: Tensor, valid: Tensor) -> 
 def affinity(output: Tensor, text: Tensor) -> Tensor:
     """Cosine of a module's output with texts (Eq. 5), of the class token and of patches.
 
-    output [1 + N, C], projected; text [P, C]. Returns [P, 2], in [-1, 1], in the order of `TOKENS`;
-    the second is the mean over all patches.
+    Args:
+        output: [1 + N, C], projected.
+        text: [P, C].
+
+    Returns:
+        [P, 2], in [-1, 1], in the order of `TOKENS`; the second is the mean over all patches.
     """
     with torch.autocast(output.device.type, enabled=False):
         cosines = F.normalize(widen(output), dim=-1) @ F.normalize(widen(text), dim=-1).T
@@ -142,11 +157,17 @@ def affinity(output: Tensor, text: Tensor) -> Tensor:
 
 
 def map_likeness(similarity: Tensor, reference: Tensor) -> Tensor:
-    """How like the maps of texts are to that of the empty text (Fig. 6): [P, 2].
+    """How like the maps of texts are to that of the empty text (Fig. 6).
 
-    similarity [N, P], reference [N]: similarities on the token grid. The maps are scaled to [0, 1]
-    as they are shown. First their cosine, in [0, 1], then their correlation, in [-1, 1], which is 0
-    for maps that have nothing to do with each other. Constant maps give 0.
+    The maps are scaled to [0, 1] as they are shown.
+
+    Args:
+        similarity: [N, P], on the token grid.
+        reference: [N], that of the empty text.
+
+    Returns:
+        [P, 2]: first their cosine, in [0, 1], then their correlation, in [-1, 1], which is 0 for
+        maps that have nothing to do with each other. Constant maps give 0.
     """
     grid = (len(reference), 1)
     both = torch.cat([similarity, reference[:, None]], dim=1)[None]

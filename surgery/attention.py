@@ -20,27 +20,28 @@ Pair = Literal["qk", "qq", "kk", "vv", "identity"]
 class Recipe:
     """How the new path of the reformed blocks is computed.
 
-    pairs: which projections attend to which, one softmax(a . b / sqrt(d_head)) each; "identity"
-        lets every token see itself only. No pairs: no new path, plain CLIP.
-    combine: several softmaxes are averaged or summed (SCLIP's rows sum to 2).
-    blocks: how many of the last blocks are reformed; None: what `load_backbone` was asked for.
-    reads: the new path attends over ln_1 of the original path ("original"; dual path) or over
-        its own tokens ("itself"; a single path, beside which the original one only serves the
-        class token).
-    residual: keep the skip connection of the attention.
-    ffn: keep the feed-forward part; "only": the new path takes nothing but what the original path's
-        feed-forward parts add, and pairs play no part (it has to be a ViT).
-    cosine_scale: the projections are scaled to unit length, so that the logits are cosines times
-        this / sqrt(d_head); None: their products as they are.
-    iterations: rounds of self-clustering before the values are read (GEM, Section 3.2): the
-        projections are scaled to unit length, attend among themselves, and so on; the logits
-        are then cosines times the mean length of the block's input / sqrt(d_head).
-    neighbour_std: a Gaussian of this standard deviation, in cells, is added to the logits
-        between patches (NACLIP); None: no bias.
-    position: how position embeddings are resized to another grid, see `towers.resize_positions`;
-        "none": there are none.
-    released_class_token: which path's class token the released code returns. Ours is CLIP's own
-        unless `load_backbone(class_token="released")` asks for this one.
+    Attributes:
+        pairs: which projections attend to which, one softmax(a . b / sqrt(d_head)) each; "identity"
+            lets every token see itself only. No pairs: no new path, plain CLIP.
+        combine: several softmaxes are averaged or summed (SCLIP's rows sum to 2).
+        blocks: how many of the last blocks are reformed; None: what `load_backbone` was asked for.
+        reads: the new path attends over ln_1 of the original path ("original"; dual path) or over
+            its own tokens ("itself"; a single path, beside which the original one only serves the
+            class token).
+        residual: keep the skip connection of the attention.
+        ffn: keep the feed-forward part; "only": the new path takes nothing but what the original path's
+            feed-forward parts add, and pairs play no part (it has to be a ViT).
+        cosine_scale: the projections are scaled to unit length, so that the logits are cosines times
+            this / sqrt(d_head); None: their products as they are.
+        iterations: rounds of self-clustering before the values are read (GEM, Section 3.2): the
+            projections are scaled to unit length, attend among themselves, and so on; the logits
+            are then cosines times the mean length of the block's input / sqrt(d_head).
+        neighbour_std: a Gaussian of this standard deviation, in cells, is added to the logits
+            between patches (NACLIP); None: no bias.
+        position: how position embeddings are resized to another grid, see `towers.resize_positions`;
+            "none": there are none.
+        released_class_token: which path's class token the released code returns. Ours is CLIP's own
+            unless `load_backbone(class_token="released")` asks for this one.
     """
 
     pairs: tuple[Pair, ...]
@@ -116,10 +117,16 @@ def attend(
 ) -> Tensor:
     """The new path's attention.
 
-    q, k, v: [B, heads, L, d_head]. start: the first token that asks (1 leaves the class token
-    out; it is always asked). bias: [L, L], added to the logits. temperature: [B, 1, 1, 1],
-    what unit-length logits are multiplied with; needed when `recipe.iterations` > 0.
-    Returns [B, heads, L - start, d_head].
+    Args:
+        recipe: how.
+        q, k, v: [B, heads, L, d_head].
+        start: the first token that asks (1 leaves the class token out; it is always asked).
+        bias: [L, L], added to the logits.
+        temperature: [B, 1, 1, 1], what unit-length logits are multiplied with; needed when
+            `recipe.iterations` > 0.
+
+    Returns:
+        [B, heads, L - start, d_head].
     """
     projections = {"q": q, "k": k, "v": v}
     mask = None if bias is None else bias[start:].to(q.dtype)

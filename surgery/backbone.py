@@ -62,11 +62,10 @@ def load_backbone(
         RuntimeError: a download failed.
 
     Example:
-        >>> import logging; logging.disable(logging.WARNING)  # of random weights
-        >>> backbone = load_backbone("tests/surgery/reference/vit.json")
+        >>> backbone = load_backbone("demo", "demo")
         >>> tokens = backbone.encode_image(torch.zeros(2, 3, 96, 144))
         >>> tokens.class_token.shape, tokens.patch_tokens.shape, tokens.grid
-        (torch.Size([2, 64]), torch.Size([2, 54, 64]), (6, 9))
+        (torch.Size([2, 128]), torch.Size([2, 216, 128]), (12, 18))
     """
     if isinstance(attention, str):
         if attention not in RECIPES:

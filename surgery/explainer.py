@@ -12,7 +12,8 @@ from torch import Tensor
 from common.errors import InvalidSetting, MissingFile
 from surgery.backbone import load_backbone
 from surgery.features import feature_surgery, similarity_map, similarity_to_points
-from surgery.prompts import TEMPLATES, encode_prompts
+from surgery.prompts import TEMPLATES
+from surgery.texts import Texts
 from surgery.visualize import heat_map
 
 if TYPE_CHECKING:
@@ -26,9 +27,14 @@ WRITTEN = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 class Explanation:
     """What an image shows of T names.
 
-    image: uint8 [H, W, 3]. names: T of them. maps: [T, H, W] in [0, 1]. scores: [T], cosine of
-    the image's class token with each name. similarity: [h*w, T] on the token grid (h, w).
-    points: for each name its points [K, 2] (x, y in pixels) and labels [K] (1 on it, 0 off it).
+    Attributes:
+        image: uint8 [H, W, 3].
+        names: T of them.
+        maps: [T, H, W] in [0, 1].
+        scores: [T], cosine of the image's class token with each name.
+        similarity: [h*w, T] on the token grid.
+        grid: (h, w).
+        points: for each name its points [K, 2] (x, y in pixels) and labels [K] (1 on it, 0 off it).
     """
 
     image: Tensor
@@ -119,12 +125,10 @@ class Explainer:
         pixels = torch.from_numpy(np.array(_squash(picture, backbone.image_size)))
         batch = pixels.permute(2, 0, 1)[None].to(backbone.device)
         tokens = backbone.encode_image(backbone.preprocess(batch))
-        text = encode_prompts(backbone, backbone.tokenizer, names, self.templates)
-        redundant = None
-        if len(names) == 1:
-            redundant = backbone.encode_text(backbone.tokenizer([""]).to(backbone.device))
+        texts = Texts.encode(backbone, names, self.templates)
+        text = texts.features
         similarity = feature_surgery(
-            tokens.patch_tokens, tokens.class_token, text, redundant=redundant
+            tokens.patch_tokens, tokens.class_token, text, redundant=texts.redundant(backbone)
         ).cpu()
         size = (picture.height, picture.width)
         maps = similarity_map(similarity, tokens.grid, size)[0]

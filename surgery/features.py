@@ -14,7 +14,24 @@ from surgery.precision import widen
 
 
 def similarity(patch_tokens: Tensor, text: Tensor) -> Tensor:
-    """Cosine of patch tokens [B, N, C] with texts [T, C]: [B, N, T], in [-1, 1]."""
+    """Cosine of patch tokens with texts.
+
+    Args:
+        patch_tokens: [B, N, C].
+        text: [T, C].
+
+    Returns:
+        [B, N, T], in [-1, 1].
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Example:
+        >>> patches = torch.tensor([[[2.0, 0.0], [3.0, 3.0]]])
+        >>> similarity(patches, torch.tensor([[5.0, 0.0], [0.0, -1.0]]))
+        tensor([[[ 1.0000,  0.0000],
+                 [ 0.7071, -0.7071]]])
+    """
     _check(patch_tokens, None, text)
     with torch.autocast(patch_tokens.device.type, enabled=False):
         return _unit(patch_tokens) @ _unit(text).T
@@ -31,16 +48,32 @@ def feature_surgery(
 ) -> Tensor:
     """Similarity of patches and texts without the features that all texts share.
 
-    patch_tokens [B, N, C]; class_token [B, C]; text [T, C]. Returns [B, N, T].
-
     With unit vectors f (patch), c (class token), t (text), w = softmax over texts of tau c.t,
     divided by its mean over texts (Section 3.3 of arXiv 2304.05653):
         form "code" (as released):       w f.t - f.mean_t(w t)
         form "paper" (Equations 8-11):     f.t - f.mean_t(w t)
     The sums over channels are taken first, so that memory stays O(B N T).
 
-    redundant [1, C]: the feature of the empty text, for single texts: f.(t - redundant), with
-    neither weights nor form. Without it at least two texts are needed.
+    Args:
+        patch_tokens: [B, N, C].
+        class_token: [B, C].
+        text: [T, C].
+        redundant: [1, C], the feature of the empty text, for single texts: f.(t - redundant), with
+            neither weights nor form. Without it, one text alone is refused.
+        tau: temperature of the weights.
+        form: "code" or "paper".
+
+    Returns:
+        [B, N, T], signed.
+
+    Raises:
+        ValueError: shapes that do not fit, or one text and nothing that it is compared with.
+
+    Example:
+        >>> patches, token = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.tensor([[1.0, 0.0]])
+        >>> feature_surgery(patches, token, torch.eye(2), form="paper")
+        tensor([[[ 0.1192, -0.8808],
+                 [-0.1192,  0.8808]]])
     """
     _check(patch_tokens, class_token, text)
     if form not in ("code", "paper"):
@@ -74,11 +107,26 @@ def similarity_map(
     *,
     order: Literal["code", "paper"] = "code",
 ) -> Tensor:
-    """Similarities [B, N, T] of a grid (h, w) as maps [B, T, H, W] in [0, 1]; size is (H, W).
+    """Similarities on the token grid as maps of the image.
 
-    order "code" (as released): each map is scaled to [0, 1] by its smallest and largest cell, and
-    then enlarged; "paper" (Equation 1): enlarged first. Enlarging is bilinear without corner
-    alignment. A constant map gives zeros; no texts, T = 0, no maps.
+    Enlarging is bilinear without corner alignment.
+
+    Args:
+        similarity: [B, N, T], N = h*w; there may be no text.
+        grid: (h, w).
+        size: (H, W) of the maps.
+        order: "code" (as released): each map is scaled to [0, 1] by its smallest and largest cell,
+            and then enlarged; "paper" (Equation 1): enlarged first.
+
+    Returns:
+        [B, T, H, W] in [0, 1]; a constant map gives zeros.
+
+    Raises:
+        ValueError: similarities of another grid.
+
+    Example:
+        >>> similarity_map(torch.tensor([[[-2.0], [2.0]]]), (1, 2), (1, 4))
+        tensor([[[[0.0000, 0.2500, 0.7500, 1.0000]]]])
     """
     if similarity.ndim != 3 or similarity.shape[1] != grid[0] * grid[1]:
         raise ValueError(
@@ -105,16 +153,33 @@ def similarity_to_points(
     threshold: float = 0.8,
     down_sample: int = 2,
 ) -> tuple[Tensor, Tensor]:
-    """Prompt points for an interactive segmenter, from one text's similarity [N] on a grid (h, w).
+    """Prompt points for an interactive segmenter, from one text's similarity.
 
     The map is shrunk by `down_sample`, scaled to [0, 1], and the cells of at least `threshold`
     (at most half of all) become positive points, as many of the weakest cells negative ones.
-    size: (H, W) of the image. Returns points [K, 2] int64, each (x, y) in pixels, and labels [K]
-    int64, 1 positive and 0 negative; positives first, both in rising order of score, as the
-    released `similarity_map_to_points` orders them.
+    Where the released `similarity_map_to_points` has no answer: a grid that would shrink to a
+    single cell is not shrunk, and a constant map, which says nothing about where, gives no points.
 
-    Where that function has no answer: a grid that would shrink to a single cell is not shrunk,
-    and a constant map, which says nothing about where, gives no points.
+    Args:
+        similarity: [N], N = h*w.
+        grid: (h, w).
+        size: (H, W) of the image.
+        threshold: in [0, 1].
+        down_sample: how many times smaller the map becomes.
+
+    Returns:
+        Points [K, 2] int64, each (x, y) in pixels, and labels [K] int64, 1 positive and 0
+        negative; positives first, both in rising order of score, as the released function orders
+        them.
+
+    Raises:
+        ValueError: a similarity of another grid.
+
+    Example:
+        >>> one_bright_cell = torch.tensor([0.0, 0.1, 0.2, 0.9])
+        >>> similarity_to_points(one_bright_cell, (2, 2), (8, 8), down_sample=1)
+        (tensor([[6, 6],
+                [2, 2]]), tensor([1, 0]))
     """
     if similarity.shape != (grid[0] * grid[1],):
         raise ValueError(

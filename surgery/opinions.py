@@ -31,8 +31,10 @@ _DEGREES, _SHIFT, _PROBABILITY = 10.0, 0.1, 0.8  # of the views
 class Ascent:
     """What an ascent passed through.
 
-    ids: int64 [steps, S, L], the L tokens that each of S sequences stood for at every step, without
-    start and end. scores: float32 [steps, S], their mean cosine with the views, in [-1, 1].
+    Attributes:
+        ids: int64 [steps, S, L], the L tokens that each of S sequences stood for at every step,
+            without start and end.
+        scores: float32 [steps, S], their mean cosine with the views, in [-1, 1].
     """
 
     ids: Tensor
@@ -40,16 +42,32 @@ class Ascent:
 
 
 def seed_from(*parts: object) -> int:
-    """A seed below 2^63 that depends on the parts alone, on every machine alike."""
+    """A seed below 2^63 that depends on the parts alone, on every machine alike.
+
+    Example:
+        >>> seed_from(0, "cat.jpg") == seed_from(0, "cat.jpg") != seed_from(1, "cat.jpg")
+        True
+    """
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def views(image: Tensor, count: int, seed: int) -> Tensor:
-    """An image uint8 [3, H, W] and `count` - 1 variants of it: uint8 [count, 3, H, W].
+    """An image and variants of it.
 
     A variant is turned by up to 10 degrees and moved by up to a tenth of the side, or, one time in
     five, the image as it is; the edge is continued outwards.
+
+    Args:
+        image: uint8 [3, H, W].
+        count: images in all, 1 or more.
+        seed: settles the variants.
+
+    Returns:
+        uint8 [count, 3, H, W], the image itself first.
+
+    Raises:
+        InvalidSetting: another type, shape or count.
     """
     if image.dtype != torch.uint8 or image.ndim != 3 or count < 1:
         raise InvalidSetting(
@@ -73,9 +91,15 @@ def views(image: Tensor, count: int, seed: int) -> Tensor:
 
 
 def mean_feature(backbone: Backbone, images: Tensor, micro_batch: int) -> Tensor:
-    """Mean of the unit class tokens of images uint8 [B, 3, H, W]: [C], in float32.
+    """Mean of the unit class tokens of images.
 
-    micro_batch: images that are encoded at a time.
+    Args:
+        backbone: that encodes them.
+        images: uint8 [B, 3, H, W].
+        micro_batch: images that are encoded at a time.
+
+    Returns:
+        [C], in float32.
     """
     total = torch.zeros(backbone.embed_dim, dtype=torch.float32, device=backbone.device)
     for part in images.split(micro_batch):
@@ -96,7 +120,7 @@ def ascend(
     seed: int,
     micro_batch: int,
 ) -> Ascent:
-    """Texts whose features come near to a target [C], by gradient ascent on their tokens.
+    """Texts whose features come near to a target, by gradient ascent on their tokens.
 
     Each of `length` positions of a sequence has one logit a token of the vocabulary, at first
     standard normal. A step adds Gumbel noise, takes the best token (straight-through: the gradient
@@ -104,8 +128,23 @@ def ascend(
     gradient of text . target, scaled so that a step changes the foremost logit of a position by
     `lr`. Works under inference mode and autocast, in full precision.
 
-    sequences: S. seed: with the number of a sequence, it settles its random numbers. micro_batch:
-    sequences in memory at a time, each with some 10 x length x V numbers; the others follow.
+    Args:
+        backbone: whose text tower is followed.
+        tokenizer: its own.
+        target: [C].
+        sequences: S, how many texts.
+        length: tokens of a text, without start and end.
+        steps: of the ascent.
+        lr: see above.
+        seed: with the number of a sequence, it settles its random numbers.
+        micro_batch: sequences in memory at a time, each with some 10 x length x V numbers; the
+            others follow.
+
+    Returns:
+        All steps of all texts.
+
+    Raises:
+        InvalidSetting: more tokens than the model reads.
     """
     if not 1 <= length <= backbone.context_length - 2:
         raise InvalidSetting(
@@ -175,10 +214,17 @@ def _ascend(
 
 
 def word_frequencies(tokenizer: Any, ids: Tensor) -> dict[str, int]:
-    """How often each word stands in sequences of token ids [..., L], the most frequent first.
+    """How often each word stands in sequences of tokens.
 
     A word is what white space and punctuation leave of a decoded sequence; one that two tokens
     make up ("trou", "ser") counts as one.
+
+    Args:
+        tokenizer: open_clip's.
+        ids: int64 [..., L].
+
+    Returns:
+        Word -> count, the most frequent first.
     """
     counts: Counter[str] = Counter()
     texts: Counter[tuple[int, ...]] = Counter(map(tuple, ids.flatten(0, -2).tolist()))

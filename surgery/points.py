@@ -16,12 +16,21 @@ def combined_points(
     threshold: float = 0.8,
     down_sample: int = 2,
 ) -> tuple[Tensor, Tensor]:
-    """Points for the union of M texts, from their similarities [N, M] on a grid (h, w).
+    """Points for the union of M texts.
 
     Positive points are those of every text's own map; negative ones those of the mean of the maps,
     each scaled to [0, 1] first, so that no text is a background of another (the released demo's way
-    with "person+bench"). One text gives what `similarity_to_points` gives. Size, options, order and
-    returned values are that function's.
+    with "person+bench"). One text gives what `similarity_to_points` gives.
+
+    Args:
+        similarity: [N, M], N = h*w.
+        grid: (h, w).
+        size: (H, W) of the image.
+        threshold: of `similarity_to_points`.
+        down_sample: of the same.
+
+    Returns:
+        Points [K, 2] and labels [K] as of that function; none without texts.
     """
     find = partial(
         similarity_to_points, grid=grid, size=size, threshold=threshold, down_sample=down_sample

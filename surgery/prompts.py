@@ -121,16 +121,33 @@ def encode_prompts(
     batch_size: int = 256,
     cache_dir: str | Path | Literal[False] | None = None,
 ) -> Tensor:
-    """Text features [T, C] of T names, of unit length, float32, on the backbone's device.
+    """Features of names in all prompt templates.
 
     Each name is put into every template (at its `{}`); the prompts' features are normalised,
     averaged, and normalised again.
 
-    batch_size: prompts encoded at a time; those of like length go together, since the text tower
-    only computes as many positions as the longest of a batch needs.
-    cache_dir: where features are kept between runs, by weights, templates and token ids; None:
-    $CLIP_SURGERY_CACHE, or clip_surgery in the user's cache folder; False: nowhere. A folder that
-    cannot be written, or a damaged file, only costs the time of computing.
+    Args:
+        backbone: that encodes them.
+        tokenizer: its own.
+        names: T of them.
+        templates: texts with one `{}` each.
+        batch_size: prompts encoded at a time; those of like length go together, since the text
+            tower only computes as many positions as the longest of a batch needs.
+        cache_dir: where features are kept between runs, by weights, templates and token ids; None:
+            $CLIP_SURGERY_CACHE, or clip_surgery in the user's cache folder; False: nowhere. A
+            folder that cannot be written, or a damaged file, only costs the time of computing.
+
+    Returns:
+        [T, C], of unit length, float32, on the backbone's device.
+
+    Raises:
+        ValueError: no names, or templates without a place for them.
+
+    Example:
+        >>> from surgery import load_backbone
+        >>> backbone = load_backbone("demo", "demo")
+        >>> encode_prompts(backbone, backbone.tokenizer, ["star", "moon"], cache_dir=False).shape
+        torch.Size([2, 128])
     """
     if isinstance(names, str) or not names:
         raise ValueError(f"names: expected a list of one or more names, given {names!r}")

@@ -32,7 +32,12 @@ _RESNET_STRIDE = 32
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """Where weights came from. name: tag, path, or "random"; path: the file read, if one."""
+    """Where weights came from.
+
+    Attributes:
+        name: tag, path, or "random".
+        path: the file that was read, if one was.
+    """
 
     name: str
     path: str | None = None
@@ -47,7 +52,12 @@ class CheckpointInfo:
 class Source:
     """A built network with its weights, and what is known about both.
 
-    config: open_clip's model config. preprocess: its preprocessing config (mean, std, ...).
+    Attributes:
+        model: the network, of open_clip's classes.
+        name: open_clip's, or the path of a config.
+        config: open_clip's model config.
+        checkpoint: where its weights came from.
+        preprocess: open_clip's preprocessing config (mean, std, ...).
     """
 
     model: Any  # open_clip's classes carry no types
@@ -58,7 +68,20 @@ class Source:
 
 
 def build(model: str, pretrained: str | None, quick_gelu: bool | None) -> Source:
-    """Build the named network and load the named weights; see `load_backbone`."""
+    """Build the named network and load the named weights.
+
+    Args:
+        model: as of `load_backbone`.
+        pretrained: as of the same.
+        quick_gelu: as of the same.
+
+    Returns:
+        The network on the CPU, in float32.
+
+    Raises:
+        InvalidSetting: names, files or settings do not fit.
+        DownloadFailed: weights or config could not be fetched.
+    """
     import open_clip
 
     if model == DEMO and pretrained == DEMO:

@@ -29,24 +29,26 @@ class Texts:
     def encode(
         cls, backbone: Backbone, names: Sequence[str], templates: Sequence[str] = TEMPLATES
     ) -> "Texts":
-        """Names in all templates, see `encode_prompts`, and the empty text as it is."""
-        features = encode_prompts(backbone, backbone.tokenizer, names, templates)
-        return cls(features, empty_text(backbone))
+        """Names in all templates, see `encode_prompts`; of a single one, the empty text as well."""
+        texts = cls(encode_prompts(backbone, backbone.tokenizer, names, templates))
+        return cls(texts.features, texts.redundant(backbone))
 
-    @property
-    def redundant(self) -> Tensor | None:
+    def redundant(self, backbone: Backbone, *, alone: bool = False) -> Tensor | None:
         """What `feature_surgery` takes from each text.
 
-        Several texts lose what they share (None); a single one shares nothing with others, so it
-        loses the empty text, [1, C].
-        """
-        return self.empty if len(self) == 1 else None
+        Several texts lose what they share; a single one shares nothing with others, so it loses
+        the empty text.
 
-    def completed(self, backbone: Backbone) -> "Texts":
-        """The same, with the empty text where `redundant` needs it."""
-        if len(self) != 1 or self.empty is not None:
-            return self
-        return Texts(self.features, empty_text(backbone))
+        Args:
+            backbone: encodes the empty text where there is none yet.
+            alone: each of several texts is taken by itself, too.
+
+        Returns:
+            The feature [1, C] of the empty text; None for what the texts share.
+        """
+        if len(self) != 1 and not alone:
+            return None
+        return empty_text(backbone) if self.empty is None else self.empty
 
     def __len__(self) -> int:
         return len(self.features)

@@ -18,9 +18,12 @@ _LONGEST = 50  # characters of a token
 class TokenisedTexts:
     """T texts as a text tower reads them.
 
-    ids: int64 [T, L], L the length of the longest text; what follows a text's end token is
-    padding. lengths: tokens of each text, start and end included. truncated: whether the text had
-    more tokens than the model reads, so that its end token replaced one of them.
+    Attributes:
+        ids: int64 [T, L], L the length of the longest text; what follows a text's end token is
+            padding.
+        lengths: tokens of each text, start and end included.
+        truncated: whether the text had more tokens than the model reads, so that its end token
+            replaced one of them.
     """
 
     ids: Tensor
@@ -29,10 +32,18 @@ class TokenisedTexts:
 
 
 def tokenise(tokenizer: Any, texts: Sequence[str], context_length: int) -> TokenisedTexts:
-    """Token ids of one or more texts, cropped to the longest; see `TokenisedTexts`.
+    """Token ids of one or more texts, cropped to the longest.
 
-    tokenizer: open_clip's, whose end token has the largest id. context_length: most tokens that
-    the model reads.
+    Args:
+        tokenizer: open_clip's, whose end token has the largest id.
+        texts: T of them.
+        context_length: most tokens that the model reads.
+
+    Returns:
+        The texts, token by token.
+
+    Raises:
+        ValueError: no text.
     """
     if isinstance(texts, str) or not texts:
         raise ValueError(f"texts: expected a list of one or more texts, given {texts!r}")
@@ -54,8 +65,20 @@ def tokenise(tokenizer: Any, texts: Sequence[str], context_length: int) -> Token
 def readable(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The tokens of one text, start and end included, as words for people.
 
-    The first is "[start]", the last "[end]"; a BPE piece that does not end its word is followed
-    by "-" ("trou-", "ser"); bytes that are only a part of a character are shown as U+FFFD.
+    Args:
+        tokenizer: open_clip's.
+        ids: of the text's tokens.
+
+    Returns:
+        One a token: the first is "[start]", the last "[end]"; a BPE piece that does not end its
+        word is followed by "-" ("trou-", "ser"); bytes that are only a part of a character are
+        shown as U+FFFD.
+
+    Example:
+        >>> from open_clip import SimpleTokenizer
+        >>> tokenizer = SimpleTokenizer()
+        >>> readable(tokenizer, [49406, *tokenizer.encode("a zebracorn"), 49407])
+        ['[start]', 'a', 'ze-', 'brac-', 'orn', '[end]']
     """
     return [START, *(piece(tokenizer, index) for index in ids[1:-1]), END]
 
@@ -71,9 +94,17 @@ def piece(tokenizer: Any, index: int) -> str:
 
 
 def token_similarity(class_token: Tensor, token_features: Tensor) -> Tensor:
-    """Cosine of images with every token of their own texts: [B, L], in [-1, 1].
+    """Cosine of images with every token of their own texts.
 
-    class_token [B, C]; token_features [B, L, C] as `Backbone.encode_text_tokens` gives them.
+    Args:
+        class_token: [B, C].
+        token_features: [B, L, C] as `Backbone.encode_text_tokens` gives them.
+
+    Returns:
+        [B, L], in [-1, 1].
+
+    Raises:
+        ValueError: shapes that do not fit.
     """
     if token_features.ndim != 3 or class_token.shape != (
         token_features.shape[0],

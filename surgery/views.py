@@ -18,7 +18,12 @@ _NUMBERS_AT_ONCE = 1 << 24  # 64 MiB of float32: similarities at pixel resolutio
 
 @dataclass(frozen=True)
 class View:
-    """A rectangle of an image, in pixels."""
+    """A rectangle of an image.
+
+    Attributes:
+        top, left: its first row and column of pixels.
+        height, width: in pixels.
+    """
 
     top: int
     left: int
@@ -34,11 +39,26 @@ class View:
 def cut_views(
     size: tuple[int, int], window: int | None = None, stride: int | None = None
 ) -> list[View]:
-    """Square windows that cover an image (height, width), row by row; without a window, all of it.
+    """Square windows that cover an image, row by row; without a window, all of it.
 
-    window, stride: in pixels; stride = window gives tiles. Where windows would reach over the lower
-    or right border, the last ones are moved back inside, as published evaluations do. An image
-    smaller than the window is a view by itself in that direction.
+    Where windows would reach over the lower or right border, the last ones are moved back inside,
+    as published evaluations do. An image smaller than the window is a view by itself in that
+    direction.
+
+    Args:
+        size: (height, width) of the image in pixels.
+        window: side of a window in pixels.
+        stride: pixels from one window to the next; the window's side, for tiles, by default.
+
+    Returns:
+        The windows.
+
+    Raises:
+        InvalidSetting: a stride that leaves gaps.
+
+    Example:
+        >>> [(view.top, view.left) for view in cut_views((4, 10), window=4, stride=4)]
+        [(0, 0), (0, 4), (0, 6)]
     """
     if window is None:
         return [View(0, 0, *size)]
@@ -52,10 +72,19 @@ def cut_views(
 def view_similarities(
     backbone: Backbone, images: Sequence[Tensor], views: Sequence[Sequence[View]], text: Tensor
 ) -> list[list[Tensor]]:
-    """Cosine of the patches of each view of each image with texts [T, C]: [T, h, w] each.
+    """Cosine of the patches of each view of each image with texts.
 
-    images: uint8 [3, H, W], of any sizes. Views of equal size are encoded together; one that the
-    patches don't divide is filled up with the mean colour at its lower and right border.
+    Views of equal size are encoded together; one that the patches don't divide is filled up with
+    the mean colour at its lower and right border.
+
+    Args:
+        backbone: that encodes them.
+        images: uint8 [3, H, W], of any sizes.
+        views: of each image.
+        text: [T, C].
+
+    Returns:
+        [T, h, w] of each view of each image.
     """
     found: list[list[Tensor]] = [[text.new_empty(0)] * len(boxes) for boxes in views]
     alike: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -88,14 +117,24 @@ def best_text(
 ) -> tuple[Tensor, Tensor | None]:
     """The text of highest similarity at every pixel of an image.
 
-    scores: [T, h, w] of each view; views, image_size: as the network saw the image; size: (H, W) of
-    the answer. The view of a whole image is enlarged to `size` at once, bilinearly and without
-    corner alignment; several are enlarged to their pixels, averaged where they overlap, and then
-    brought to `size`.
+    The view of a whole image is enlarged to `size` at once, bilinearly and without corner
+    alignment; several are enlarged to their pixels, averaged where they overlap, and then brought
+    to `size`. Texts are handled a few at a time, so that memory does not grow with T.
 
-    Returns the index [H, W] int64 (the first of equals), and, with a `scale`, the probability
-    [H, W] that a softmax over all T texts of scale x similarity gives it. Texts are handled a few
-    at a time, so that memory does not grow with T.
+    Args:
+        scores: [T, h, w] of each view.
+        views: as the network saw the image.
+        image_size: (height, width) of what the views were cut from.
+        size: (H, W) of the answer.
+        patch_size: of the network.
+        scale: what similarities are multiplied with in the softmax, if probabilities are wanted.
+
+    Returns:
+        The index [H, W] int64 (the first of equals), and, with a `scale`, the probability [H, W]
+        that a softmax over all T texts of scale x similarity gives it.
+
+    Raises:
+        ValueError: no texts.
     """
     if not len(scores[0]):
         raise ValueError("expected one or more texts to choose from, given none")

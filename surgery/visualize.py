@@ -5,7 +5,12 @@ from torch import Tensor
 
 
 def jet(values: Tensor) -> Tensor:
-    """Colours of values in [0, 1] from blue over green and yellow to red: uint8 [..., 3]."""
+    """Colours of values in [0, 1] from blue over green and yellow to red: uint8 [..., 3].
+
+    Example:
+        >>> jet(torch.tensor([0.0, 0.5, 1.0])).tolist()
+        [[0, 0, 128], [128, 255, 128], [128, 0, 0]]
+    """
     # Each channel is a trapezoid, centred on 3/4 (red), 1/2 (green) and 1/4 (blue).
     centres = torch.tensor([0.75, 0.5, 0.25], device=values.device)
     colours = 1.5 - 4 * (values.float()[..., None].clamp(0, 1) - centres).abs()
@@ -15,8 +20,16 @@ def jet(values: Tensor) -> Tensor:
 def heat_map(image: Tensor, values: Tensor, *, opacity: float = 0.6) -> Tensor:
     """A similarity map laid over its image.
 
-    image: uint8 [H, W, 3]; values: [H, W] in [0, 1]; opacity: share of the colours in [0, 1].
-    Returns uint8 [H, W, 3].
+    Args:
+        image: uint8 [H, W, 3].
+        values: [H, W] in [0, 1].
+        opacity: share of the colours in [0, 1].
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        ValueError: the image is of another type or size.
     """
     if image.dtype != torch.uint8 or image.shape != (*values.shape, 3):
         raise ValueError(

@@ -68,7 +68,6 @@ def explain(
         InvalidSetting: no such method, or no such option of it.
 
     Example:
-        >>> import logging; logging.disable(logging.WARNING)  # of random weights
         >>> from surgery import load_backbone
         >>> backbone = load_backbone("demo", "demo")
         >>> images = torch.zeros(2, 3, 96, 96)

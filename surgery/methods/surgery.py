@@ -17,6 +17,7 @@ def explain(
     *,
     form: Literal["code", "paper", "none"] = "code",
     tau: float = 2.0,
+    alone: bool = False,
 ) -> Tensor:
     """Tokens by the backbone's recipe, and their similarity without what all texts share.
 
@@ -26,12 +27,13 @@ def explain(
         texts: T of them; a single one is compared with the empty text.
         form: of `feature_surgery`; "none" leaves it out.
         tau: of `feature_surgery`.
+        alone: each text is compared with the empty one, and not with the others.
 
     Returns:
         [B, T, h, w], signed.
     """
 
-    redundant = texts.completed(backbone).redundant
+    redundant = texts.redundant(backbone, alone=alone)
 
     def score(patches: Tensor, token: Tensor) -> Tensor:
         text = texts.features

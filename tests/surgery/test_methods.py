@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from surgery import METHODS, Texts, explain, feature_surgery, similarity
+from surgery import METHODS, Texts, explain, feature_surgery, load_backbone, similarity
 from surgery.methods import Method
 from surgery.towers import Visitor
 
@@ -36,8 +36,8 @@ def test_surgery_gives_the_released_numbers(kind, inputs, reference, network):
 def test_one_text_is_compared_with_the_empty_one(inputs, network):
     images, texts = inputs("vit")
     backbone = network("vit")
-    assert texts.redundant is None
-    assert torch.equal(texts[2:3].redundant, texts.empty)
+    assert texts.redundant(backbone) is None
+    assert torch.equal(texts[2:3].redundant(backbone), texts.empty)
     tokens = backbone.encode_image(images)
     expected = feature_surgery(
         tokens.patch_tokens,
@@ -45,8 +45,21 @@ def test_one_text_is_compared_with_the_empty_one(inputs, network):
         texts.features[2:3],
         redundant=texts.empty,
     )
-    given = explain(backbone, images, texts[[2]]).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(given, expected, rtol=0, atol=1e-6)
+    one = explain(backbone, images, texts[[2]])
+    among_others = explain(backbone, images, texts, alone=True)[:, 2:3]
+    for found in (one, among_others):
+        given = found.flatten(2).transpose(1, 2)
+        torch.testing.assert_close(given, expected, rtol=0, atol=1e-6)
+
+
+def test_the_empty_text_is_found_where_it_is_needed():
+    backbone = load_backbone("demo", "demo")
+    images = backbone.preprocess(torch.full((1, 3, 96, 96), 90, dtype=torch.uint8))
+    empty, star = backbone.encode_text(backbone.tokenizer(["", "star"])).split(1)
+    found = explain(backbone, images, star)
+    assert torch.equal(found, explain(backbone, images, Texts(star, empty)))
+    named = Texts.encode(backbone, ["star"], ["{}"])
+    assert torch.equal(named.redundant(backbone), empty)
 
 
 def test_plain_clip_whatever_the_recipe_and_its_reverse(inputs, network):
@@ -78,7 +91,7 @@ def test_options_are_the_methods_own(inputs, network):
         explain(network("vit"), images, texts, method="clop")
     with pytest.raises(ValueError, match=r"'clip' has no option 'tau': it has none"):
         explain(network("vit"), images, texts, method="clip", tau=1.0)
-    with pytest.raises(ValueError, match=r"'surgery' has no option 'taw': it has form, tau"):
+    with pytest.raises(ValueError, match=r"'surgery' has no option 'taw': it has form, tau, alone"):
         explain(network("vit"), images, texts, taw=1.0)
 
 
