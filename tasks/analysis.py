@@ -22,7 +22,7 @@ from surgery.analysis import (
 from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks.measures.analysis import AnalysisMeasures
 from tasks.measures.base import label_masks
-from tasks.run.results import ImageResult
+from tasks.run.results import Facts, ImageResult
 
 
 class Analysis(Task):
@@ -90,7 +90,7 @@ class Analysis(Task):
                 values = self._measure(image, positives, label)
                 self.measures.update(values, positives)
             names = [self.info.classes[index] for index in positives]
-            results.append(ImageResult(key, {"json": _record(names, values)}))
+            results.append(ImageResult(key, (Facts(_record(names, values)),)))
         return results
 
     def _measure(

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import InvalidSetting
 from datamodules.samples import Batch
 from surgery import feature_surgery, similarity, similarity_map
-from surgery.visualize import heat_map
 from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
+from tasks.draw import heat_maps
 from tasks.measures.explainability import RAW, ExplainabilityMeasures
-from tasks.run.results import ImageResult
+from tasks.run.results import Facts, ImageResult, Masks, Similarities
 
 KINDS = {"": "map.", RAW: "raw."}
 """How the overlays of either are named."""
@@ -130,45 +127,24 @@ class Explainability(Task):
         shown: tuple[int, ...],
         maps: dict[str, Tensor],
     ) -> ImageResult:
-        names = self.info.classes
-        files = {index: f"mask.{index:03d}-{slug(names[index])}.png" for index in shown}
-        members: dict[str, Any] = {
-            "scores.npy": scores.T.unflatten(1, grid).half().cpu().numpy(),
-            "json": {
-                "labels": {names[index]: files[index] for index in shown},
-                "threshold": self.threshold,
-                "size": list(maps[""].shape[-2:]),
-                "grid": list(grid),
-            },
-        }
-        masks = (maps[""] >= self.threshold).to(torch.uint8).cpu().numpy()
-        for index, mask in zip(shown, masks, strict=True):
-            members[files[index]] = mask * self.info.label_type(self.info.label_value(index))
-        if not self.draws:  # what draws keeps all the maps in memory until it is written
-            return ImageResult(key, members)
-        draw = partial(draw_overlays, image.cpu(), maps, list(files.values()))
-        return ImageResult(key, members, draw)
+        masks = Masks(
+            [self.info.classes[index] for index in shown],
+            shown,
+            (maps[""] >= self.threshold).cpu().numpy(),
+        )
+        results = (
+            masks,
+            Facts({"threshold": self.threshold, "size": list(maps[""].shape[-2:])}),
+            Similarities(scores.T.unflatten(1, grid).half().cpu().numpy()),
+        )
+        draw = partial(draw_maps, image.cpu(), maps, masks.endings()) if self.draws else None
+        return ImageResult(key, results, draw)
 
 
-def slug(name: str) -> str:
-    """A class name as part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "class"
-
-
-def draw_overlays(
-    image: Tensor, maps: dict[str, Tensor], masks: list[str]
-) -> dict[str, np.ndarray]:
-    """Heat maps over the image: uint8 [3,S,S'], brought to the size of the maps, each [P,H,W].
-
-    Each is named after the file of its mask; plain CLIP's with ``raw`` in place of ``map``.
-    """
-    size = maps[""].shape[-2:]
-    large = F.interpolate(image[None].float(), size=size, mode="bilinear", antialias=True)
-    picture = large[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+def draw_maps(image: Tensor, maps: dict[str, Tensor], endings: list[str]) -> dict[str, np.ndarray]:
+    """Maps over their image, each named after the file of its mask; plain CLIP's with ``raw``."""
     return {
-        mask.replace("mask.", KINDS[prefix]).replace(".png", ".jpg"): heat_map(
-            picture, one.cpu()
-        ).numpy()
-        for prefix, values in maps.items()
-        for mask, one in zip(masks, values, strict=True)
+        ending.replace("mask.", KINDS[kind]).replace(".png", ".jpg"): picture
+        for kind, values in maps.items()
+        for ending, picture in zip(endings, heat_maps(image, values), strict=True)
     }

@@ -15,9 +15,8 @@ from surgery import ImageTokens, encode_prompts, feature_surgery
 from surgery.points import combined_points
 from tasks._sam import PointSegmenter, need_transformers
 from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
-from tasks.explainability import slug
 from tasks.measures.interactive import InteractiveMeasures
-from tasks.run.results import ImageResult
+from tasks.run.results import ImageResult, Masks, Points
 
 
 class Interactive(Task):
@@ -144,19 +143,15 @@ class Interactive(Task):
         prompts: list[tuple[Tensor, Tensor]],
         masks: list[tuple[Tensor, float]],
     ) -> ImageResult:
-        found: dict[str, Any] = {}
-        members: dict[str, Any] = {"json": {"texts": found, "size": list(size)}}
-        for p, index in enumerate(shown):
-            points, labels = prompts[p]
-            entry: dict[str, Any] = {"points": points.tolist(), "labels": labels.tolist()}
-            if masks:
-                mask, score = masks[p]
-                file = f"mask.{index:03d}-{slug(self.info.classes[index])}.png"
-                value = self.info.label_type(self.info.label_value(index))
-                members[file] = mask.numpy().astype(np.uint8) * value
-                entry |= {"mask": file, "score": round(score, 6)}
-            found[self.info.classes[index]] = entry
-        return ImageResult(key, members)
+        names = [self.info.classes[index] for index in shown]
+        found = Points(
+            size,
+            {name: points.tolist() for name, (points, _) in zip(names, prompts, strict=True)},
+            {name: labels.tolist() for name, (_, labels) in zip(names, prompts, strict=True)},
+            Masks(names, shown, np.stack([mask.numpy() for mask, _ in masks])) if masks else None,
+            [score for _, score in masks],
+        )
+        return ImageResult(key, (found,))
 
 
 def texts_of(info: DatasetInfo) -> list[list[str]]:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import numpy as np
-import torch.nn.functional as F
 from torch import Tensor
 
 from datamodules.samples import Batch
 from surgery import feature_surgery, similarity, similarity_map
 from surgery.tokens import rank_tokens, readable, token_similarity, tokenise
 from surgery.towers import ImageTokens
-from surgery.visualize import heat_map
-from tasks._captions import caption_strip
 from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
+from tasks.draw import caption_figure
 from tasks.measures.multimodal import TOP, MultimodalMeasures
-from tasks.run.results import ImageResult
+from tasks.run.results import Facts, ImageResult, Similarities, Tokens
 
 
 class Multimodal(Task):
@@ -62,23 +59,35 @@ class Multimodal(Task):
         results = []
         for i, tokens in enumerate(self.encode_images(batch.images)):
             if batch.captions[i] is None:
-                results.append(ImageResult(batch.keys[i], {"json": {"caption": None}}))
+                results.append(ImageResult(batch.keys[i], (Facts({"caption": None}),)))
                 continue
             ids, words = texts.ids[i, : texts.lengths[i]], features[i, : texts.lengths[i]]
             scores = token_similarity(tokens.class_token, words[None])[0]
             order = rank_tokens(scores)
             self.measures.update(ids[order.cpu()], self.backbone.model.vocab_size)
             found = self._similarity(tokens, words[order[:1]])[0, :, 0]
-            record = {
-                "key": batch.keys[i],
-                "caption": batch.captions[i],
-                "truncated": texts.truncated[i],
-                "tokens": readable(tokenizer, ids.tolist()),
-                "scores": [round(score, 6) for score in scores.tolist()],
-                "ranks": (order.argsort() + 1).tolist(),
-            }
-            image = batch.images[i] if self.draws else None
-            results.append(_result(record, found, tokens.grid, image, batch.sizes[i]))
+            said = Tokens(
+                caption=captions[i],
+                truncated=texts.truncated[i],
+                tokens=readable(tokenizer, ids.tolist()),
+                scores=[round(score, 6) for score in scores.tolist()],
+                ranks=(order.argsort() + 1).tolist(),
+            )
+            answer = (
+                said,
+                Facts({"size": list(batch.sizes[i])}),
+                Similarities(
+                    found.unflatten(0, tokens.grid).half().cpu().numpy()[None], single=True
+                ),
+            )
+            draw = None
+            if self.draws:
+                values = similarity_map(found[None, :, None], tokens.grid, batch.sizes[i])[0, 0]
+                best = order[:TOP].tolist()
+                draw = partial(
+                    draw_figure, batch.images[i].cpu(), values.cpu(), list(said.tokens), best
+                )
+            results.append(ImageResult(batch.keys[i], answer, draw))
         return results
 
     def _similarity(self, tokens: ImageTokens, text: Tensor) -> Tensor:
@@ -87,39 +96,8 @@ class Multimodal(Task):
         return feature_surgery(tokens.patch_tokens, tokens.class_token, text, redundant=self.empty)
 
 
-def _result(
-    record: dict[str, Any],
-    found: Tensor,
-    grid: tuple[int, int],
-    image: Tensor | None,
-    size: tuple[int, int],
-) -> ImageResult:
-    """Files and the table's row of an image with its best token's similarity [N].
-
-    The image, uint8 [3,S,S'], is only given where it is to be drawn.
-    """
-    tokens, ranks = record["tokens"], record["ranks"]
-    best = [ranks.index(rank) for rank in range(1, min(TOP, len(ranks)) + 1)]
-    members = {
-        "map.npy": found.unflatten(0, grid).half().cpu().numpy(),
-        "json": {**record, "best": tokens[best[0]], "size": list(size), "grid": list(grid)},
-    }
-    row = {name: value for name, value in record.items() if name != "key"}
-    if image is None:
-        return ImageResult(record["key"], members, rows={"tokens": row})
-    values = similarity_map(found[None, :, None], grid, size)[0, 0]
-    draw = partial(draw_figure, image.cpu(), values.cpu(), tokens, best)
-    return ImageResult(record["key"], members, draw, {"tokens": row})
-
-
 def draw_figure(
     image: Tensor, values: Tensor, tokens: list[str], best: list[int]
 ) -> dict[str, np.ndarray]:
-    """The picture of Fig. 11: image, map, and below them the caption with its best tokens coloured.
-
-    image uint8 [3,S,S'], enlarged to the map [H,W] in [0, 1].
-    """
-    large = F.interpolate(image[None].float(), size=values.shape, mode="bilinear", antialias=True)
-    picture = large[0].round().clamp(0, 255).byte().permute(1, 2, 0)
-    pair = np.concatenate([picture.numpy(), heat_map(picture, values).numpy()], axis=1)
-    return {"caption.jpg": np.concatenate([pair, caption_strip(tokens, best, pair.shape[1])])}
+    """The picture of Fig. 11."""
+    return {"caption.jpg": caption_figure(image, values, tokens, best)}

@@ -5,18 +5,17 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from common.errors import InvalidSetting
-from datamodules.samples import VOID, Batch
+from datamodules.samples import Batch
 from surgery import encode_prompts, feature_surgery, similarity_map
 from surgery.opinions import Ascent, ascend, mean_feature, seed_from, views, word_frequencies
 from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
-from tasks.explainability import draw_overlays, slug
+from tasks.explainability import draw_maps
 from tasks.measures.opinions import OpinionsMeasures
-from tasks.run.results import ImageResult
+from tasks.run.results import Facts, ImageResult, Masks, Similarities
 
 
 class Opinions(Task):
@@ -117,24 +116,19 @@ class Opinions(Task):
         }
         top = list(frequencies)[: self.explained]
         if not top:
-            return ImageResult(key, {"json": {**record, "words": {}}})
+            return ImageResult(key, (Facts({**record, "words": {}}),))
         scores, grid = self._similarity(image, top)
         maps = similarity_map(scores, grid, size)[0]
-        files = [f"mask.{i:03d}-{slug(word)}.png" for i, word in enumerate(top)]
-        masks = (maps >= 0.5).cpu().numpy() * np.uint8(VOID)  # the one value with a colour always
-        members: dict[str, Any] = {
-            "scores.npy": scores[0].T.unflatten(1, grid).half().cpu().numpy(),
-            "json": {
-                **record,
-                "grid": list(grid),
-                "words": dict(zip(top, files, strict=True)),
-            },
-            **dict(zip(files, masks, strict=True)),
-        }
-        if not self.draws:
-            return ImageResult(key, members)
-        draw = partial(draw_overlays, image.cpu(), {"": maps.cpu()}, files)
-        return ImageResult(key, members, draw)
+        masks = Masks(top, range(len(top)), (maps >= 0.5).cpu().numpy(), words=True)
+        results = (
+            Facts(record),
+            Similarities(scores[0].T.unflatten(1, grid).half().cpu().numpy()),
+            masks,
+        )
+        draw = None
+        if self.draws:
+            draw = partial(draw_maps, image.cpu(), {"": maps.cpu()}, masks.endings())
+        return ImageResult(key, results, draw)
 
     def _best_texts(self, ascent: Ascent) -> list[dict[str, Any]]:
         """Each sequence at the best of its steps, the best sequence first."""

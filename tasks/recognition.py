@@ -14,10 +14,10 @@ from datamodules.shards import ShardDataModule
 from surgery import feature_surgery, similarity
 from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks.measures.recognition import RecognitionMeasures
-from tasks.run.results import ImageResult
+from tasks.run.results import Facts, ImageResult, Scores
 
-TABLES = {"surgery": "scores", "softmax": "scores_softmax", "cosine": "scores_cosine"}
-"""The parquet file that each way's scores go to."""
+WAYS = {"surgery": "", "softmax": "softmax", "cosine": "cosine"}
+"""How each way of scoring is called in the results; the task's own has no name."""
 
 
 class Recognition(Task):
@@ -108,13 +108,9 @@ class Recognition(Task):
     def _result(self, key: str, scores: dict[str, np.ndarray], truth: Tensor) -> ImageResult:
         names = self.info.classes
         best = scores["surgery"].argsort(kind="stable")[::-1][:5]
-        members = {
-            "json": {
-                "labels": [names[i] for i in truth.nonzero()[:, 0].tolist()],
-                "best": {names[i]: round(float(scores["surgery"][i]), 6) for i in best},
-            }
+        facts = {
+            "labels": [names[i] for i in truth.nonzero()[:, 0].tolist()],
+            "best": {names[i]: round(float(scores["surgery"][i]), 6) for i in best},
         }
-        rows = {
-            TABLES[way]: dict(zip(names, values, strict=True)) for way, values in scores.items()
-        }
-        return ImageResult(key, members, rows=rows)
+        ways = {WAYS[way]: values for way, values in scores.items()}
+        return ImageResult(key, (Facts(facts), Scores(names, ways)))

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import InvalidSetting
-from datamodules.samples import VOID, Batch, DatasetInfo
+from datamodules.samples import Batch, DatasetInfo
 from datamodules.shards import ShardDataModule
 from surgery.views import best_text, cut_views, view_similarities
 from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
+from tasks.draw import label_colours
 from tasks.measures.segmentation import SegmentationMeasures
-from tasks.run.results import ImageResult
+from tasks.run.results import Facts, ImageResult, LabelMap
 
 
 class Segmentation(Task):
@@ -146,28 +145,17 @@ class Segmentation(Task):
     def _result(self, key: str, image: Tensor, predicted: Tensor, views: int) -> ImageResult:
         shares = torch.bincount(predicted.flatten()).cpu().double() / predicted.numel()
         names = {self.info.label_value(i): name for i, name in enumerate(self.info.classes)}
-        # Named as label maps are named in input shards, so that the output can be read as one.
-        members: dict[str, Any] = {
-            "label.png": predicted.cpu().numpy().astype(self.info.label_type),
-            "json": {
-                "labels": {
-                    names.get(value, "background"): round(share, 6)
-                    for value, share in enumerate(shares.tolist())
-                    if share
-                },
-                "size": list(predicted.shape),
-                "views": views,
-            },
+        labels = predicted.cpu().numpy().astype(self.info.label_type)
+        found = {
+            names.get(value, "background"): round(share, 6)
+            for value, share in enumerate(shares.tolist())
+            if share
         }
-        if not self.draws:
-            return ImageResult(key, members)
-        draw = partial(draw_labels, image.cpu(), members["label.png"], self.info.flat_palette())
-        return ImageResult(key, members, draw)
+        results = (LabelMap(labels, found), Facts({"views": views}))
+        draw = partial(draw_labels, image.cpu(), labels, self.info) if self.draws else None
+        return ImageResult(key, results, draw)
 
 
-def draw_labels(image: Tensor, labels: np.ndarray, palette: list[int]) -> dict[str, np.ndarray]:
-    """The label map in its colours over the image uint8 [3,S,S'], at the size of labels [H,W]."""
-    large = F.interpolate(image[None].float(), size=labels.shape, mode="bilinear", antialias=True)
-    colours = np.array(palette, dtype=np.float32).reshape(-1, 3)[np.minimum(labels, VOID)]
-    mixed = 0.4 * large[0].clamp(0, 255).permute(1, 2, 0).numpy() + 0.6 * colours
-    return {"label.jpg": mixed.round().astype(np.uint8)}
+def draw_labels(image: Tensor, labels: np.ndarray, info: DatasetInfo) -> dict[str, np.ndarray]:
+    """The label map over the image."""
+    return {"label.jpg": label_colours(image, labels, info.flat_palette())}

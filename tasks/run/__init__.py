@@ -1,6 +1,30 @@
-"""A run's folder: what it is a run of, what is finished, its results; free of Lightning and weights."""
+"""A run's folder: what it is a run of, what is finished, its results; without Lightning or weights."""
 
 from tasks.run.errors import RunError, Stopped
 from tasks.run.folder import Run
+from tasks.run.results import (
+    Facts,
+    ImageResult,
+    LabelMap,
+    Masks,
+    Points,
+    Scores,
+    Similarities,
+    StoredImage,
+    Tokens,
+)
 
-__all__ = ["Run", "RunError", "Stopped"]
+__all__ = [
+    "Facts",
+    "ImageResult",
+    "LabelMap",
+    "Masks",
+    "Points",
+    "Run",
+    "RunError",
+    "Scores",
+    "Similarities",
+    "Stopped",
+    "StoredImage",
+    "Tokens",
+]

@@ -174,7 +174,7 @@ class ResultWriter(BasePredictionWriter):
             self._background.finish()
             self._shard = None
             shard.publish(states)
-            self.tally.add(shard.images, len(shard.errors))
+            self.tally.add(len(shard.keys), len(shard.errors))
 
     def _lose(self, batch: Batch) -> None:
         for error in batch.errors:

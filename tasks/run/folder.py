@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ from datamodules._contents import has_changed
 from datamodules.samples import DatasetInfo, SampleError
 from tasks.run.errors import RunError
 from tasks.run.lock import FolderLock, Job
+from tasks.run.reading import read_images
+from tasks.run.results import StoredImage
 from tasks.run.shard import OutputShard, ShardRecord, find_shard, leftover_of
 from tasks.run.summary import Published, merge_shards, write_summary
 
@@ -113,6 +115,22 @@ class Run:
             return [SampleError(**json.loads(line)) for line in path.read_text().splitlines()]
         except (OSError, ValueError, TypeError) as error:
             raise RunError(f"{path} can't be read ({error}): {again}") from None
+
+    def images(self) -> Iterator[StoredImage]:
+        """Every image's results, in shard order, of all shards that are finished.
+
+        Raises:
+            RunError: a shard is damaged.
+
+        Example::
+
+            for image in Run.load("runs/demo").images():
+                masks = image.get(Masks)  # from tasks.run.results, as all other types
+        """
+        info = self.info
+        for name in self.shards:
+            if path := find_shard(self.folder, name):
+                yield from read_images(path, info)
 
     def measures(self) -> Measures:
         """The empty measures of this run's task.

@@ -1,33 +1,416 @@
-"""Results to bytes: the same bytes for the same results."""
+"""A task's answer for one image: a small set of typed results, and the files that each becomes.
+
+Every type says which files it is written as, what it adds to the image's json and to the shard's
+tables, and how it is read back; file names and encodings are known nowhere else.
+"""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from datamodules.samples import VOID, DatasetInfo
 
-class ImageResult(NamedTuple):
-    """What a task says of one image; the run turns it into files.
+Files = dict[str, np.ndarray]
+"""File ending -> array: label values [H,W] (``*.png``), numbers (``*.npy``), RGB (``*.jpg``)."""
 
-    ``members``: file ending -> array (``*.npy``), label values uint8 [H,W] (``*.png``), or dict
-    (``json``). ``overlays``: the same for pictures uint8 [H,W,3] (``*.jpg``) that are only drawn when
-    the run wants them. ``rows``: table name -> this image's row in it, column -> value; the run
-    makes one parquet file a table and shard, with the column ``key`` in front.
+
+@dataclass(frozen=True)
+class Stored:
+    """What is stored of one image: its json, the bytes of its other files, its rows in the tables."""
+
+    key: str
+    record: Mapping[str, Any]
+    files: Mapping[str, bytes]
+    rows: Mapping[str, Mapping[str, Any]]
+    info: DatasetInfo
+
+    def array(self, ending: str) -> np.ndarray:
+        """A ``*.png`` or ``*.npy`` as it was given to be written."""
+        stream = io.BytesIO(self.files[ending])
+        if ending.endswith(".npy"):
+            found: np.ndarray = np.load(stream, allow_pickle=False)
+            return found
+        with Image.open(stream, formats=("PNG",)) as image:
+            return np.asarray(image)
+
+
+class Result(ABC):
+    """One thing that a task says of an image."""
+
+    def files(self, info: DatasetInfo) -> Files:
+        """What is written as files of its own."""
+        return {}
+
+    def record(self, key: str) -> dict[str, Any]:
+        """What it adds to the image's json."""
+        return {}
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """Table -> the image's row in it, column -> value, without its key."""
+        return {}
+
+    @classmethod
+    @abstractmethod
+    def read(cls, stored: Stored) -> Result | None:
+        """Read back; None where the image has no such result."""
+
+
+R = TypeVar("R", bound=Result)
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """What a task says of one image.
+
+    Args:
+        key: of the sample.
+        results: what it says, in the order in which they stand in the image's json.
+        draw: makes pictures, file ending -> uint8 [H,W,3]; only given where the run wants some, as
+            it keeps all that it needs in memory.
     """
 
     key: str
-    members: dict[str, Any]
-    overlays: Callable[[], dict[str, np.ndarray]] | None = None
-    rows: dict[str, dict[str, Any]] | None = None
+    results: tuple[Result, ...] = ()
+    draw: Callable[[], Files] | None = field(default=None, repr=False)
+
+    def record(self) -> dict[str, Any]:
+        """The image's json."""
+        return {k: v for result in self.results for k, v in result.record(self.key).items()}
+
+    def encode(self, info: DatasetInfo) -> dict[str, bytes]:
+        """All files of the image: ending -> bytes."""
+        arrays = {k: v for result in self.results for k, v in result.files(info).items()}
+        arrays |= self.draw() if self.draw else {}
+        palette = info.flat_palette()
+        return {
+            "json": json.dumps(self.record(), ensure_ascii=False).encode(),
+            **{ending: encode(ending, array, palette) for ending, array in arrays.items()},
+        }
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """Table -> the image's row in it, led by its key."""
+        return {
+            table: {"key": self.key, **row}
+            for result in self.results
+            for table, row in result.rows().items()
+        }
 
 
-def encode(ending: str, value: Any, palette: list[int]) -> bytes:
-    """Bytes of one result, by its file ending.
+@dataclass(frozen=True)
+class StoredImage:
+    """One image's results, read back from a run; each is decoded when it is asked for."""
+
+    key: str
+    stored: Stored = field(repr=False)
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """The image's json."""
+        return self.stored.record
+
+    @property
+    def results(self) -> tuple[Result, ...]:
+        """All results."""
+        found = (kind.read(self.stored) for kind in KINDS)
+        return tuple(result for result in found if result is not None)
+
+    def get(self, kind: type[R]) -> R | None:
+        """The result of one type, such as `Masks`; None if there is none."""
+        found = kind.read(self.stored)
+        assert found is None or isinstance(found, kind)
+        return found
+
+    @property
+    def pictures(self) -> dict[str, bytes]:
+        """The pictures that were drawn, file ending -> JPEG."""
+        return {k: v for k, v in self.stored.files.items() if k.endswith(".jpg")}
+
+
+@dataclass(frozen=True)
+class Facts(Result):
+    """What goes to the image's json and nowhere else; reading gives the whole json."""
+
+    values: Mapping[str, Any]
+
+    def record(self, key: str) -> dict[str, Any]:
+        """The facts."""
+        return dict(self.values)
+
+    @classmethod
+    def read(cls, stored: Stored) -> Facts:
+        """The image's json."""
+        return cls(stored.record)
+
+
+@dataclass(frozen=True)
+class LabelMap(Result):
+    """Which class each pixel is.
+
+    Args:
+        values: label values [H,W], uint8 or uint16.
+        shares: name -> share of the pixels, of classes that have any.
+    """
+
+    values: np.ndarray
+    shares: Mapping[str, float]
+
+    def files(self, info: DatasetInfo) -> Files:
+        """Named as label maps are named in input shards, so that the output can be read as one."""
+        return {"label.png": self.values}
+
+    def record(self, key: str) -> dict[str, Any]:
+        """The shares, and the size (height, width)."""
+        return {"labels": dict(self.shares), "size": list(self.values.shape)}
+
+    @classmethod
+    def read(cls, stored: Stored) -> LabelMap | None:
+        """The label map."""
+        if "label.png" not in stored.files:
+            return None
+        return cls(stored.array("label.png"), stored.record["labels"])
+
+
+@dataclass(frozen=True)
+class Masks(Result):
+    """One mask a class, or a word.
+
+    Args:
+        names: of the P classes, or words.
+        numbers: their class indices, or places.
+        masks: bool [P,H,W].
+        words: whether they are words, and no classes of the data set.
+    """
+
+    names: Sequence[str]
+    numbers: Sequence[int]
+    masks: np.ndarray
+    words: bool = False
+
+    def endings(self) -> list[str]:
+        """The file of each."""
+        return [
+            f"mask.{number:03d}-{slug(name)}.png"
+            for number, name in zip(self.numbers, self.names, strict=True)
+        ]
+
+    def files(self, info: DatasetInfo) -> Files:
+        """Each in the colour of its class, on what is no class."""
+        return {
+            ending: _label_values(mask, number, info, self.words)
+            for ending, number, mask in zip(self.endings(), self.numbers, self.masks, strict=True)
+        }
+
+    def record(self, key: str) -> dict[str, Any]:
+        """Name -> file."""
+        listed = dict(zip(self.names, self.endings(), strict=True))
+        return {"words" if self.words else "labels": listed}
+
+    @classmethod
+    def read(cls, stored: Stored) -> Masks | None:
+        """The masks, where each has a file."""
+        words = "words" in stored.record
+        listed = stored.record.get("words" if words else "labels")
+        if not isinstance(listed, dict) or any(
+            file not in stored.files for file in listed.values()
+        ):
+            return None
+        return cls.read_listed(stored, listed, words=words)
+
+    @classmethod
+    def read_listed(cls, stored: Stored, listed: Mapping[str, str], *, words: bool) -> Masks:
+        """The masks in ``listed``, name -> file."""
+        numbers = [int(file.split(".")[1].split("-")[0]) for file in listed.values()]
+        outside = 0 if words or stored.info.background else stored.info.void
+        masks = [stored.array(file) != outside for file in listed.values()]
+        size = (0, *stored.record.get("size", (0, 0)))
+        return cls(list(listed), numbers, np.stack(masks) if masks else np.zeros(size, bool), words)
+
+
+def _label_values(mask: np.ndarray, number: int, info: DatasetInfo, words: bool) -> np.ndarray:
+    """A mask bool [H,W] as label values."""
+    if words:
+        return np.where(mask, np.uint8(VOID), np.uint8(0))  # the one value with a colour always
+    inside = info.label_type(info.label_value(number))
+    # Without a background, 0 is a class: whatever is not of this one is void.
+    outside = info.label_type(0 if info.background else info.void)
+    return np.where(mask, inside, outside)
+
+
+@dataclass(frozen=True)
+class Similarities(Result):
+    """Similarities of texts and patches on the token grid, signed.
+
+    Args:
+        values: [T,h,w]; stored as float16.
+        single: one text's alone, stored without the first dimension.
+    """
+
+    values: np.ndarray
+    single: bool = False
+
+    def files(self, info: DatasetInfo) -> Files:
+        """``scores.npy`` [T,h,w], or ``map.npy`` [h,w] of a single text."""
+        values = self.values.astype(np.float16, copy=False)
+        return {"map.npy": values[0]} if self.single else {"scores.npy": values}
+
+    def record(self, key: str) -> dict[str, Any]:
+        """The grid (h, w)."""
+        return {"grid": list(self.values.shape[-2:])}
+
+    @classmethod
+    def read(cls, stored: Stored) -> Similarities | None:
+        """The similarities."""
+        if "map.npy" in stored.files:
+            return cls(stored.array("map.npy")[None], single=True)
+        return cls(stored.array("scores.npy")) if "scores.npy" in stored.files else None
+
+
+_SCORES = "scores"
+
+
+@dataclass(frozen=True)
+class Scores(Result):
+    """How much the image shows each class, scored several ways.
+
+    Args:
+        names: of the K classes.
+        ways: way of scoring -> float32 [K]; the first one, "", is the task's own.
+    """
+
+    names: Sequence[str]
+    ways: Mapping[str, np.ndarray]
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """One table a way, with a column a class."""
+        return {
+            f"{_SCORES}_{way}".rstrip("_"): dict(zip(self.names, values, strict=True))
+            for way, values in self.ways.items()
+        }
+
+    @classmethod
+    def read(cls, stored: Stored) -> Scores | None:
+        """The scores."""
+        tables = {name: row for name, row in stored.rows.items() if name.startswith(_SCORES)}
+        if not tables:
+            return None
+        rows = {
+            name.removeprefix(_SCORES).lstrip("_"): {k: v for k, v in row.items() if k != "key"}
+            for name, row in tables.items()
+        }
+        names = list(next(iter(rows.values())))
+        return cls(names, {way: np.array([*row.values()], np.float32) for way, row in rows.items()})
+
+
+@dataclass(frozen=True)
+class Points(Result):
+    """Prompt points of each text, and the masks that a segmenter made of them.
+
+    Args:
+        size: (height, width) of the image, in whose pixels points are.
+        points: name -> points [K] of (x, y).
+        labels: name -> [K], 1 for positive and 0 for negative points.
+        masks: one a name, if there are any.
+        scores: what the segmenter thinks of each mask.
+    """
+
+    size: tuple[int, int]
+    points: Mapping[str, list[list[int]]]
+    labels: Mapping[str, list[int]]
+    masks: Masks | None = None
+    scores: Sequence[float] = ()
+
+    def files(self, info: DatasetInfo) -> Files:
+        """The masks."""
+        return self.masks.files(info) if self.masks else {}
+
+    def record(self, key: str) -> dict[str, Any]:
+        """Points, labels, mask and score of each text, and the size."""
+        texts: dict[str, dict[str, Any]] = {
+            name: {"points": self.points[name], "labels": self.labels[name]} for name in self.points
+        }
+        if self.masks:
+            for name, file, score in zip(
+                self.masks.names, self.masks.endings(), self.scores, strict=True
+            ):
+                texts[name] |= {"mask": file, "score": round(score, 6)}
+        return {"texts": texts, "size": list(self.size)}
+
+    @classmethod
+    def read(cls, stored: Stored) -> Points | None:
+        """The points, and the masks."""
+        texts = stored.record.get("texts")
+        if texts is None:
+            return None
+        listed = {name: entry["mask"] for name, entry in texts.items() if "mask" in entry}
+        height, width = stored.record["size"]
+        return cls(
+            (height, width),
+            {name: entry["points"] for name, entry in texts.items()},
+            {name: entry["labels"] for name, entry in texts.items()},
+            Masks.read_listed(stored, listed, words=False) if listed else None,
+            [texts[name]["score"] for name in listed],
+        )
+
+
+@dataclass(frozen=True)
+class Tokens(Result):
+    """The tokens of a caption, by how well each fits the image.
+
+    Args:
+        caption: of the image.
+        truncated: whether it was longer than the text tower reads.
+        tokens: readable pieces.
+        scores: cosine of each with the image.
+        ranks: of each, from 1.
+    """
+
+    caption: str
+    truncated: bool
+    tokens: Sequence[str]
+    scores: Sequence[float]
+    ranks: Sequence[int]
+
+    @property
+    def best(self) -> str:
+        """The token that fits best."""
+        return self.tokens[self.ranks.index(1)]
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """All of it in one row."""
+        return {"tokens": {**vars(self)}}
+
+    def record(self, key: str) -> dict[str, Any]:
+        """All of it, and the best token."""
+        return {"key": key, **vars(self), "best": self.best}
+
+    @classmethod
+    def read(cls, stored: Stored) -> Tokens | None:
+        """The tokens; None for an image without a caption."""
+        if "tokens" not in stored.record:
+            return None
+        return cls(**{name: stored.record[name] for name in cls.__dataclass_fields__})
+
+
+KINDS: tuple[type[Result], ...] = (Facts, LabelMap, Masks, Similarities, Scores, Points, Tokens)
+"""All there are."""
+
+
+def slug(name: str) -> str:
+    """A class name as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "class"
+
+
+def encode(ending: str, array: np.ndarray, palette: list[int]) -> bytes:
+    """Bytes of a file, by its ending.
 
     Raises:
         ValueError: an ending that nothing is known of.
@@ -35,19 +418,15 @@ def encode(ending: str, value: Any, palette: list[int]) -> bytes:
     kind = ending.rsplit(".", 1)[-1]
     buffer = io.BytesIO()
     if kind == "png":
-        image = Image.fromarray(value)
-        if value.dtype == np.uint8:  # 16-bit label maps have no colours
+        image = Image.fromarray(array)
+        if array.dtype == np.uint8:  # 16-bit label maps have no colours
             image.putpalette(palette)
         # Level 1 is several times faster than the default and hardly larger on flat masks.
         image.save(buffer, "PNG", compress_level=1)
     elif kind == "jpg":
-        Image.fromarray(value).save(buffer, "JPEG", quality=90)
+        Image.fromarray(array).save(buffer, "JPEG", quality=90)
     elif kind == "npy":
-        np.save(buffer, value, allow_pickle=False)
-    elif kind == "json":
-        return json.dumps(value, ensure_ascii=False).encode()
-    elif kind == "txt":
-        return str(value).encode()
+        np.save(buffer, array, allow_pickle=False)
     else:
         raise ValueError(f"don't know how to write {ending!r}")
     return buffer.getvalue()
@@ -61,3 +440,12 @@ def encode_table(rows: list[dict[str, Any]]) -> bytes:
     sink = pyarrow.BufferOutputStream()
     parquet.write_table(pyarrow.Table.from_pylist(rows), sink, compression="zstd")
     return sink.getvalue().to_pybytes()
+
+
+def decode_table(data: bytes) -> dict[str, dict[str, Any]]:
+    """Key -> row of a parquet file that `encode_table` made."""
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
+    return {row["key"]: row for row in rows}

@@ -8,7 +8,7 @@ import shutil
 import tarfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from webdataset import TarWriter
 
 from datamodules.samples import DatasetInfo, SampleError
 from tasks.run.errors import RunError
-from tasks.run.results import ImageResult, encode, encode_table
+from tasks.run.results import ImageResult, encode_table
 
 STATE = "__shard__"
 """Folder inside an output shard for what is about the shard; webdataset passes over such names."""
@@ -38,11 +38,13 @@ class ShardRecord:
         images: how many it has results of.
         errors: its samples that could not be used.
         states: bytes of the states of what was measured, which `load_states` reads.
+        keys: of the images in order, where they are plain files; a tar has an order of its own.
     """
 
     images: int
     errors: list[SampleError]
     states: int
+    keys: list[str] = field(default_factory=list)
 
     def to_bytes(self) -> bytes:
         """The record as it is stored, the last file of its shard."""
@@ -50,6 +52,7 @@ class ShardRecord:
             "images": self.images,
             "errors": [list(error) for error in self.errors],
             "states": self.states,
+            **({"keys": self.keys} if self.keys else {}),
         }
         return json.dumps(record, ensure_ascii=False).encode()
 
@@ -93,7 +96,8 @@ def _load(path: Path) -> tuple[ShardRecord, int]:
             size = None
         found = json.loads(data)
         errors = [SampleError(*error) for error in found["errors"]]
-        record = ShardRecord(int(found["images"]), errors, int(found["states"]))
+        keys = list(found.get("keys", []))
+        record = ShardRecord(int(found["images"]), errors, int(found["states"]), keys)
         if size not in (None, record.states):
             raise ValueError(f"{STATES} has {size} of {record.states} bytes")
         return record, offset
@@ -153,10 +157,10 @@ class OutputShard:
     def __init__(self, folder: Path, name: str, layout: str, info: DatasetInfo) -> None:
         self.name = name
         self.position = 0
-        self.images = 0
+        self.keys: list[str] = []
         self.errors: list[SampleError] = []
         self.tables: dict[str, list[dict[str, Any]]] = {}
-        self.palette = info.flat_palette()
+        self.info = info
         self.final = folder / (f"{name}.tar" if layout == "tar" else name)
         self.partial = folder / f".{self.final.name}.{os.getpid()}.partial"
         self.tar: TarWriter | None = None
@@ -171,11 +175,10 @@ class OutputShard:
     def add(self, results: Sequence[ImageResult]) -> None:
         """Append the results of some images."""
         for result in results:
-            for table, row in (result.rows or {}).items():
-                self.tables.setdefault(table, []).append({"key": result.key, **row})
-            members = {**result.members, **(result.overlays() if result.overlays else {})}
-            self._write(result.key, {k: encode(k, v, self.palette) for k, v in members.items()})
-            self.images += 1
+            for table, row in result.rows().items():
+                self.tables.setdefault(table, []).append(row)
+            self._write(result.key, result.encode(self.info))
+            self.keys.append(result.key)
 
     def _write(self, key: str, members: dict[str, bytes]) -> None:
         if self.tar:
@@ -202,7 +205,8 @@ class OutputShard:
     def _finish(self, states: bytes) -> None:
         for name, rows in self.tables.items():
             self._write(f"{STATE}/{name}", {"parquet": encode_table(rows)})
-        record = ShardRecord(self.images, self.errors, len(states))
+        keys = [] if self.tar else self.keys
+        record = ShardRecord(len(self.keys), self.errors, len(states), keys)
         for file, data in ((STATES, states), (RECORD, record.to_bytes())):
             key, ending = file.rsplit(".", 1)
             self._write(key, {ending: data})

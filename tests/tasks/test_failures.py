@@ -27,7 +27,7 @@ from datamodules._decode import Decoder
 from surgery.backbone import Backbone
 from surgery.towers.vit import ViT
 from tasks.__main__ import main
-from tasks.run import shard
+from tasks.run import results, shard
 from tests.tasks.conftest import members, same_results
 from tests.tasks.test_runs import add, one_thread
 
@@ -49,7 +49,7 @@ def fail_once(monkeypatch, owner, name, error, *, after: int) -> None:
 def test_a_full_disk(finished, command, monkeypatch, tmp_path, capsys):
     run = tmp_path / "run"
     full = OSError(errno.ENOSPC, "No space left on device")
-    fail_once(monkeypatch, shard, "encode", full, after=30)
+    fail_once(monkeypatch, results, "encode", full, after=30)
     assert main(command(run)) == 1
     assert "disk is full" in capsys.readouterr().err
     assert [p.name for p in run.glob("*.tar")] == ["000000.tar"]

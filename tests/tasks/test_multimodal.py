@@ -16,7 +16,7 @@ from datamodules.samples import Batch, Sample
 from datamodules.shapes import INFO, draw_scene
 from surgery import load_backbone
 from tasks import BackboneConfig, Multimodal
-from tasks._captions import COLOURS, caption_strip
+from tasks.draw import COLOURS, caption_strip
 from tasks.measures.multimodal import MultimodalMeasures
 from tests.tasks.conftest import members
 
@@ -138,11 +138,11 @@ def test_missing_captions_and_images_of_several_sizes(tiny):
         for i, (image, caption) in enumerate(zip(images, (None, "word " * 100), strict=True))
     ]
     first, second = task.predict_step(Batch.collate("s", 0, 2, samples, []))
-    assert first.members == {"json": {"caption": None}}
-    record = second.members["json"]
+    assert first.record() == {"caption": None}
+    record = second.record()
     assert record["truncated"]
     assert len(record["tokens"]) == 77
     assert record["tokens"][-1] == "[end]"
-    assert second.members["map.npy"].shape == (6, 8)
-    assert second.overlays()["caption.jpg"].shape[1] == 240
+    assert second.results[2].files(INFO)["map.npy"].shape == (6, 8)
+    assert second.draw()["caption.jpg"].shape[1] == 240
     assert task.measures.report().details["captions"] == 1
