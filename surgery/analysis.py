@@ -1,10 +1,9 @@
-"""Looking into CLIP: what its attention selects, and what its modules say (Section 3 of the paper).
+"""Looking into CLIP: what its attention selects, what its modules say, what all texts share.
 
-Nothing here changes the network: the blocks of a stock ViT are walked one after the other, and
-each shows its attention and the projected outputs of its two modules.
+The three analyses of the paper: Eq. 4 with Fig. 4, Eq. 5 with Fig. 5, and Fig. 6. Nothing here changes
+the network: one pass through the blocks of a stock ViT gives all that they need of it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,39 +14,36 @@ from common.errors import InvalidSetting
 from surgery.backbone import Backbone
 from surgery.features import similarity_map
 from surgery.precision import widen
-from surgery.towers import Step, Tower, Visitor
+from surgery.towers import ImageTokens, Step, Visitor
 
 ATTENTIONS = ("raw", "consistent")
-"""Self-attention as CLIP has it, softmax(q k^T), and that of the paper, softmax(v v^T)."""
-
-RATIOS = ("weight", "others", "top")
-"""How `foreground_selection` measures, see there."""
+"""Self-attention as CLIP has it, softmax(q k^T) (Eq. 2), and the paper's, softmax(v v^T) (Eq. 3)."""
 
 MODULES = ("attention", "ffn")
-TOKENS = ("class", "patches")
+"""What a block adds to its tokens, in this order."""
 
 
 @dataclass(frozen=True)
-class BlockView:
-    """One block of a ViT on B images, on the path that plain CLIP takes.
-
-    Token 0 is the class token.
+class Inside:
+    """What a ViT does with B images, on the path that plain CLIP takes.
 
     Attributes:
-        weights: attention among the 1 + N tokens, [B, 1 + N, 1 + N], mean over heads, rows sum to
-            1, for each of `ATTENTIONS`.
-        outputs: what each of `MODULES` adds to the path, through ln_post and projection,
-            [B, 1 + N, C].
-        grid: (h, w), N = h*w.
+        attention: self-attention of the last block among the 1 + N tokens, [B, 1 + N, 1 + N], mean
+            over heads, rows sum to 1, for each of `ATTENTIONS`. Token 0 is the class token.
+        modules: class token of what each module adds, times the last projection,
+            [B, blocks, 2, C] in the order of `MODULES`.
+        normed_modules: the same with `ln_post` before the projection, as CLIP's own features have it.
+        tokens: plain CLIP's.
     """
 
-    weights: dict[str, Tensor]
-    outputs: dict[str, Tensor]
-    grid: tuple[int, int]
+    attention: dict[str, Tensor]
+    modules: Tensor
+    normed_modules: Tensor
+    tokens: ImageTokens
 
 
 def check_blocks(backbone: Backbone) -> None:
-    """Refuse a backbone without the modules that `walk_blocks` shows: a ResNet.
+    """Refuse a backbone without the modules that `look_inside` shows: a ResNet.
 
     Raises:
         InvalidSetting: it is one.
@@ -58,116 +54,133 @@ def check_blocks(backbone: Backbone) -> None:
         )
 
 
-def walk_blocks(backbone: Backbone, images: Tensor, see: Callable[[BlockView], None]) -> None:
-    """Show the blocks of a ViT from first to last. The recipe of the backbone plays no part.
+def look_inside(backbone: Backbone, images: Tensor) -> Inside:
+    """Walk through the blocks of a ViT. The recipe of the backbone plays no part.
 
     Args:
         backbone: whose tower has such blocks.
         images: [B, 3, H, W] as `encode_image` takes them.
-        see: called with each block; what it does not keep is in memory for that long only.
+
+    Returns:
+        What there was to see.
 
     Raises:
         InvalidSetting: a ResNet, which has no such blocks.
     """
     check_blocks(backbone)
-    grid = backbone.tower.grid((images.shape[2], images.shape[3]))
-    backbone.walk(images, _Look(backbone.tower, grid, see))
+    tower, notes = backbone.tower, _Notes(backbone.tower.depth - 1)
+    tokens = tower.project(backbone.walk(images, notes))
+    modules = torch.stack(notes.modules, dim=1)  # [B, 2 * blocks, D]
+    grid = tower.grid((images.shape[2], images.shape[3]))
+    pairs = (tower.depth, len(MODULES))
+    return Inside(
+        notes.attention,
+        tower.project(modules, norm=False).unflatten(1, pairs),
+        tower.project(modules).unflatten(1, pairs),
+        ImageTokens(tokens[:, 0], tokens[:, 1:], grid),
+    )
 
 
-class _Look(Visitor):
-    """Makes a `BlockView` of every block."""
+class _Notes(Visitor):
+    """Keeps the class token of every module's output, and the last block's attention."""
 
     apart = True
 
-    def __init__(
-        self, tower: Tower, grid: tuple[int, int], see: Callable[[BlockView], None]
-    ) -> None:
-        self.tower, self.grid, self.see = tower, grid, see
+    def __init__(self, last: int) -> None:
+        self.last = last
+        self.modules: list[Tensor] = []
+        self.attention: dict[str, Tensor] = {}
 
     def leave(self, step: Step) -> None:
         assert step.attended is not None  # both are there, since they are wanted apart
         assert step.fed is not None
-        weights = {
-            "raw": _mean_attention(step.q, step.k),
-            "consistent": _mean_attention(step.v, step.v),
-        }
-        outputs = {
-            "attention": self.tower.project(step.attended),
-            "ffn": self.tower.project(step.fed),
-        }
-        self.see(BlockView(weights, outputs, self.grid))
+        self.modules += [step.attended[:, 0], step.fed[:, 0]]
+        if step.index == self.last:
+            self.attention = {
+                "raw": _mean_attention(step.q, step.k),
+                "consistent": _mean_attention(step.v, step.v),
+            }
 
 
 def cells(masks: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Masks bool [P, H, W] as shares of the cells of a grid (h, w) that they cover: [P, h*w]."""
-    return F.adaptive_avg_pool2d(masks[None].float(), grid)[0].flatten(1)
-
-
-def foreground_selection(weights: Tensor, foreground: Tensor, valid: Tensor) -> Tensor:
-    """How much of the attention of an object's patches falls on the object (FSR, Eq. 4).
-
-    Means over the object's cells, one for each of `RATIOS`:
-        weight: share of the attention weight that lies on the object;
-        others: the same without the asking patch itself, which v-v attention favours trivially;
-        top: share of the k strongest cells that are the object's, k being the object's size.
-    The share of the object in the image is what attention that sees nothing would score. Objects of
-    fewer than two cells, or of all that count, have no answer: NaN.
-
-    Three readings of one name: `weight`, the one that needs no choice of a cut, is what we call
-    mFSR; it is averaged over the images of a class and then over classes, for every block.
+    """Masks as shares of the cells of a grid that they cover, also where it does not divide them.
 
     Args:
-        weights: [N, N], attention of patches (rows) to patches; rows need not sum to 1.
-        foreground: bool [P, N], the cells of P objects.
-        valid: bool [P, N], those that count at all.
+        masks: bool [P, H, W].
+        grid: (h, w).
 
     Returns:
-        [P, 3], in [0, 1].
+        [P, h*w] in [0, 1].
     """
-    rows = []
-    for inside, counted in zip(foreground & valid, valid, strict=True):
-        size = int(inside.sum())
-        if size < 2 or size == int(counted.sum()):
-            rows.append(torch.full((3,), torch.nan, device=weights.device))
-            continue
-        asked = widen(weights[inside][:, counted])
-        own = inside[counted]
-        itself = torch.zeros_like(asked, dtype=torch.bool)
-        itself[torch.arange(size, device=own.device), own.nonzero()[:, 0]] = True
-        others = asked.masked_fill(itself, 0.0)
-        top = own[asked.topk(size, dim=1).indices].float()
-        ratios = (_share(asked, own), _share(others, own), top.mean(dim=1))
-        rows.append(torch.stack([ratio.mean() for ratio in ratios]))
-    return torch.stack(rows) if rows else weights.new_zeros(0, 3)
+    rows, columns = (
+        _overlap(count, size, masks.device)
+        for count, size in zip(grid, masks.shape[1:], strict=True)
+    )
+    return (rows @ masks.float() @ columns.T).flatten(1)
 
 
-def affinity(output: Tensor, text: Tensor) -> Tensor:
-    """Cosine of a module's output with texts (Eq. 5), of the class token and of patches.
+def strongest(similarity: Tensor) -> Tensor:
+    """The patch at the highest score of each map [N, P]: [P] indices, row by row."""
+    return similarity.argmax(dim=0)
+
+
+def foreground_selection(attention: Tensor, asking: Tensor, foreground: Tensor) -> Tensor:
+    """How much of the attention that one token pays lies on the object (FSR, Eq. 4).
+
+    mFSR is its mean over the samples of a class (every positive label of all images), then over
+    classes. Attention that sees nothing would score the share of the object in the image.
 
     Args:
-        output: [1 + N, C], projected.
-        text: [P, C].
+        attention: [1 + N, 1 + N] of the last block, mean over heads, the class token first.
+        asking: [P], for each object the patch at the highest score of its label's similarity map.
+        foreground: [P, N], the share of each cell that the object covers. With it the sum over cells
+            equals that over pixels of the enlarged attention, wherever the grid divides the image.
 
     Returns:
-        [P, 2], in [-1, 1], in the order of `TOKENS`; the second is the mean over all patches.
+        [P] in [0, 1]; an object that is nowhere has 0.
     """
-    with torch.autocast(output.device.type, enabled=False):
-        cosines = F.normalize(widen(output), dim=-1) @ F.normalize(widen(text), dim=-1).T
-    return torch.stack([cosines[0], cosines[1:].mean(dim=0)], dim=1)
+    row = widen(attention)[1 + asking, 1:]
+    return (row * foreground).sum(dim=1) / row.sum(dim=1)
+
+
+def affinity(features: Tensor, text: Tensor) -> Tensor:
+    """Mean cosine of features with texts (Eq. 5).
+
+    Args:
+        features: [..., C], projected.
+        text: [T, C], such as an image's positive labels.
+
+    Returns:
+        [...] in [-1, 1]; NaN where there are no texts.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        cosines = F.normalize(widen(features), dim=-1) @ F.normalize(widen(text), dim=-1).T
+    return cosines.mean(dim=-1)
+
+
+def map_distance(maps: Tensor, empty: Tensor) -> Tensor:
+    """How far maps are from that of the empty text, and from nothing (Fig. 6).
+
+    Args:
+        maps: [P, H, W] in [0, 1], of texts.
+        empty: [H, W] in [0, 1], of the empty text.
+
+    Returns:
+        [P, 2] in [0, 1], means over pixels of |map - empty| and of |map - 0|.
+    """
+    return torch.stack([(maps - empty).abs().mean((1, 2)), maps.abs().mean((1, 2))], dim=1)
 
 
 def map_likeness(similarity: Tensor, reference: Tensor) -> Tensor:
-    """How like the maps of texts are to that of the empty text (Fig. 6).
-
-    The maps are scaled to [0, 1] as they are shown.
+    """How like the maps of texts are to that of the empty text, beside `map_distance`.
 
     Args:
-        similarity: [N, P], on the token grid.
-        reference: [N], that of the empty text.
+        similarity: [N, P] on the token grid; scaled to [0, 1] as maps are shown.
+        reference: [N] of the empty text.
 
     Returns:
-        [P, 2]: first their cosine, in [0, 1], then their correlation, in [-1, 1], which is 0 for
-        maps that have nothing to do with each other. Constant maps give 0.
+        [P, 2]: their cosine, in [0, 1], and their correlation, in [-1, 1], which is 0 for maps that
+        have nothing to do with each other. Constant maps give 0.
     """
     grid = (len(reference), 1)
     both = torch.cat([similarity, reference[:, None]], dim=1)[None]
@@ -183,7 +196,10 @@ def _mean_attention(asks: Tensor, keys: Tensor) -> Tensor:
         return (logits * asks.shape[-1] ** -0.5).softmax(dim=-1).mean(dim=1)
 
 
-def _share(weights: Tensor, own: Tensor) -> Tensor:
-    """Share of each row's weight [n, M] that lies on the cells `own` [M]; 0 for rows of zeros."""
-    total = weights.sum(dim=1)
-    return weights[:, own].sum(dim=1) / total.clamp_min(torch.finfo(total.dtype).tiny)
+def _overlap(count: int, size: int, device: torch.device) -> Tensor:
+    """[count, size]: share of each of `count` equal parts of a line that each of its pixels has."""
+    width = size / count
+    low = torch.arange(count, dtype=torch.float64)[:, None] * width
+    pixel = torch.arange(size, dtype=torch.float64)
+    covered = torch.minimum(low + width, pixel + 1) - torch.maximum(low, pixel)
+    return (covered.clamp_min(0) / width).float().to(device)

@@ -2,45 +2,72 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from common.errors import InvalidSetting
 from datamodules.samples import Batch
-from surgery import feature_surgery, similarity
+from surgery import similarity, similarity_map
 from surgery.analysis import (
     ATTENTIONS,
-    MODULES,
-    BlockView,
+    Inside,
     affinity,
     cells,
     check_blocks,
     foreground_selection,
+    look_inside,
+    map_distance,
     map_likeness,
-    walk_blocks,
+    strongest,
 )
 from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
-from tasks.measures.analysis import AnalysisMeasures
+from tasks.draw import heat_maps, mark_cell
+from tasks.measures.analysis import DISTANCES, SELECTIONS, STAGES, AnalysisMeasures
 from tasks.measures.base import label_masks
-from tasks.run.results import Facts, ImageResult
+from tasks.run.results import Facts, Files, ImageResult, slug
+
+
+class Cosines(NamedTuple):
+    """Cosines [N, P + 1] of patches with an image's positive labels and the empty text, which is last."""
+
+    plain: Tensor
+    architecture: Tensor
+    grid: tuple[int, int]
 
 
 class Analysis(Task):
     """What does CLIP's attention select, what do its modules say, and what do all texts share?
 
-    Three analyses of the paper, each measured on the positive labels of every image, averaged over
-    the images of a class and then over classes. The numbers of each image are in its json, those of
-    the run in one csv an analysis, with a plot.
+    Three analyses of the paper, as it defines them:
+
+    - Selection (Eq. 4, Fig. 4): the share of the attention that lies on the object, in the last block,
+      for the one token at the highest score of the label's similarity map; mean over all positive
+      labels of a class, then over classes. Raw attention is asked by the token of plain CLIP's map,
+      consistent attention by that of the reformed one (``mFSR_consistent``) and by the same token as
+      the raw one (``mFSR_consistent_same_token``). ``mFSR_blind`` is what attention that sees nothing
+      would have. ``fsr_survival.csv`` is Fig. 4b.
+    - Affinity (Eq. 5, Fig. 5): cosine of each module's class token, times the last projection, with an
+      image's positive labels, averaged over images. The paper names no norm before the projection:
+      ``affinity_last_ffn`` has none, ``affinity_last_ffn_ln_post`` CLIP's own. Two lines stand beside:
+      the final class token's cosine with positive and with negative labels.
+    - Redundancy (Fig. 6): L1 distance of positive labels' maps, scaled to [0, 1] at the image's size, to
+      the empty text's map and to nothing, averaged over all positive labels; of plain CLIP, and of the
+      reformed attention (``_architecture``).
+
+    The numbers of each image are in its json. With ``--writer.overlays`` the pictures of Fig. 4a and
+    Fig. 6 are drawn for each positive label: ``attention.*.jpg`` (raw and consistent attention of the
+    token, which is marked) and ``redundant.*.jpg`` (maps of the text and of the empty text: plain CLIP's,
+    then the reformed one's).
 
     Args:
-        backbone: which CLIP, and how it is read. The first two analyses look into the blocks of a
-            plain ViT whatever ``attention`` says, the third at the maps that it gives.
-        selection: mFSR of raw and consistent self-attention in every block (Eq. 4, Fig. 4b); needs
-            masks. How it is measured: ``surgery.analysis.foreground_selection``.
-        affinity: cosine of every attention and FFN module's output with the text features of the
-            positive labels (Eq. 5, Fig. 5).
-        redundancy: how like the maps of positive labels are to the empty text's, before and after
-            feature surgery (Fig. 6).
+        backbone: which CLIP, and how it is read: "reformed" above is what ``attention`` says.
+        selection: measure foreground selection; needs masks.
+        affinity: measure the affinity of modules.
+        redundancy: measure what maps share with the empty text's.
         text_features: safetensors file with features of the class texts, in place of prompts.
     """
 
@@ -81,91 +108,169 @@ class Analysis(Task):
         self.empty = self.backbone.encode_text(tokenizer([""]).to(self.backbone.device))
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
-        """All numbers of each image."""
-        results = []
-        for i, (key, image) in enumerate(zip(batch.keys, batch.images, strict=True)):
-            positives, label = batch.positives[i] or (), batch.labels[i]
-            values: dict[str, Tensor] = {}
-            if positives:
-                values = self._measure(image, positives, label)
-                self.measures.update(values, positives)
-            names = [self.info.classes[index] for index in positives]
-            results.append(ImageResult(key, (Facts(_record(names, values)),)))
-        return results
+        """All numbers of each image, and its pictures where they are wanted."""
+        return [
+            self._look_at(key, image, batch.positives[i] or (), batch.labels[i], batch.sizes[i])
+            for i, (key, image) in enumerate(zip(batch.keys, batch.images, strict=True))
+        ]
 
-    def _measure(
-        self, image: Tensor, positives: tuple[int, ...], label: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Analysis -> values [P, ...] of an image uint8 [3,S,S'] and its positive labels."""
+    def _look_at(
+        self,
+        key: str,
+        image: Tensor,
+        positives: tuple[int, ...],
+        label: Tensor | None,
+        size: tuple[int, int],
+    ) -> ImageResult:
+        """What is found in an image uint8 [3,S,S'] of size (H, W) with these labels."""
+        names = [self.info.classes[index] for index in positives]
+        if not positives:
+            return ImageResult(key, (Facts({"classes": {}}),))
         pixels = self.backbone.preprocess(image[None])
+        inside = look_inside(self.backbone, pixels) if self.backbone.tower.has_modules else None
+        found = self._similarities(pixels, inside, positives)
         values: dict[str, Tensor] = {}
+        drawn: list[partial[Files]] = []
+        endings = [f"{i:03d}-{slug(name)}.jpg" for i, name in zip(positives, names, strict=True)]
+        if self.selection and inside is not None and label is not None:
+            foreground, _ = label_masks(label, positives, self.info)
+            values["selection"], asking = _selection(inside, found, foreground)
+            rows = torch.stack(
+                [inside.attention[k][0, 1 + asking[k], 1:] for k in ATTENTIONS], dim=1
+            )
+            drawn.append(partial(draw_rows, rows=rows, asking=asking, grid=found.grid))
+        if self.affinity and inside is not None:
+            values |= self._affinity(inside, positives)
         if self.redundancy:
-            values["redundancy"] = self._redundancy(pixels, positives)
-        if self.selection or self.affinity:
-            values |= self._look_inside(pixels, positives, label)
-        return values
+            values["redundancy"], maps = _redundancy(found, size)
+            drawn.append(partial(draw_maps, maps=maps))
+        self.measures.update(values, positives)
 
-    def _redundancy(self, pixels: Tensor, positives: tuple[int, ...]) -> Tensor:
-        """[P, 2 stages, 2 kinds of likeness] to the empty text's map."""
+        def draw() -> Files:
+            picture = image.cpu()
+            return {k: v for one in drawn for k, v in one(picture, size, endings).items()}
+
+        facts = Facts(_record(names, values))
+        return ImageResult(key, (facts,), draw if self.draws else None)
+
+    def _similarities(
+        self, pixels: Tensor, inside: Inside | None, positives: tuple[int, ...]
+    ) -> Cosines:
+        """Cosines on the token grid, plain CLIP's and those of the reformed attention."""
         assert self.text is not None
         assert self.empty is not None  # both are set before the first batch
-        tokens = self.backbone.encode_image(pixels)
-        plain = similarity(tokens.patch_tokens, torch.cat([self.text, self.empty]))[0]
-        freed = feature_surgery(
-            tokens.patch_tokens,
-            tokens.class_token,
-            self.text,
-            redundant=self.empty if len(self.text) == 1 else None,
-        )[0]
-        chosen = list(positives)
-        maps = (plain[:, chosen], freed[:, chosen])
-        return torch.stack([map_likeness(m, plain[:, -1]) for m in maps], dim=1)
+        text = torch.cat([self.text[list(positives)], self.empty])
+        reformed = self.backbone.encode_image(pixels)
+        if inside is not None:
+            plain = inside.tokens
+        else:
+            plain = self.backbone.with_attention("raw").encode_image(pixels)
+        return Cosines(
+            similarity(plain.patch_tokens, text)[0],
+            similarity(reformed.patch_tokens, text)[0],
+            reformed.grid,
+        )
 
-    def _look_inside(
-        self, pixels: Tensor, positives: tuple[int, ...], label: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Selection [P, blocks, 2 attentions, 3 ratios], affinity [P, blocks, 2 modules, 2 tokens]."""
+    def _affinity(self, inside: Inside, positives: tuple[int, ...]) -> dict[str, Tensor]:
+        """The modules' affinity [2, 2 * blocks] with positive labels, the final class token's [2]."""
         assert self.text is not None
-        text = self.text[list(positives)]
-        selected: list[Tensor] = []
-        affine: list[Tensor] = []
-
-        def see(block: BlockView) -> None:
-            if self.selection and label is not None:
-                inside, counted = self._cells(label, positives, block.grid)
-                ratios = [
-                    foreground_selection(block.weights[kind][0, 1:, 1:], inside, counted)
-                    for kind in ATTENTIONS
-                ]
-                selected.append(torch.stack(ratios, dim=1))
-            if self.affinity:
-                angles = [affinity(block.outputs[module][0], text) for module in MODULES]
-                affine.append(torch.stack(angles, dim=1))
-
-        walk_blocks(self.backbone, pixels, see)
-        lists = {"selection": selected, "affinity": affine}
-        return {name: torch.stack(rows, dim=1) for name, rows in lists.items() if rows}
-
-    def _cells(
-        self, label: Tensor, positives: tuple[int, ...], grid: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
-        """bool [P,N]: cells that an object covers by half or more, and those not mostly void."""
-        foreground, valid = label_masks(label, positives, self.info)
-        foreground = foreground & valid
-        return cells(foreground, grid) >= 0.5, cells(valid.expand_as(foreground), grid) > 0.5
+        chosen = list(positives)
+        rest = [i for i in range(len(self.text)) if i not in positives]
+        modules = torch.stack([inside.modules[0], inside.normed_modules[0]]).flatten(1, 2)
+        final = inside.tokens.class_token[0]
+        return {
+            "modules": affinity(modules, self.text[chosen]),
+            "final": torch.stack([affinity(final, self.text[rows]) for rows in (chosen, rest)]),
+        }
 
 
-def _record(names: list[str], values: dict[str, Tensor]) -> dict[str, object]:
-    """The json of an image: class -> analysis -> nested lists, NaN as null."""
+def _selection(
+    inside: Inside, found: Cosines, foreground: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """FSR [P, 4] in the order of ``SELECTIONS``, and which patch asks [P] for each attention.
+
+    foreground: bool [P,H,W]. Void pixels are not of the object, as Eq. 4 has it.
+    """
+    shares = cells(foreground, found.grid)
+    asking = {
+        "raw": strongest(found.plain[:, :-1]),
+        "consistent": strongest(found.architecture[:, :-1]),
+    }
+    weights = {kind: inside.attention[kind][0] for kind in ATTENTIONS}
+    values = [foreground_selection(weights[kind], asking[kind], shares) for kind in ATTENTIONS]
+    values.append(foreground_selection(weights["consistent"], asking["raw"], shares))
+    return torch.stack([*values, shares.mean(dim=1)], dim=1), asking
+
+
+def _redundancy(found: Cosines, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """[P, 2, 4] by ``STAGES`` and ``DISTANCES``; maps [2, P + 1, H, W], the empty text's last."""
+    rows, maps = [], []
+    for scores in (found.plain, found.architecture):
+        enlarged_maps = similarity_map(scores[None], found.grid, size)[0]
+        distance = map_distance(enlarged_maps[:-1], enlarged_maps[-1])
+        rows.append(torch.cat([distance, map_likeness(scores[:, :-1], scores[:, -1])], dim=1))
+        maps.append(enlarged_maps)
+    return torch.stack(rows, dim=1), torch.stack(maps)
+
+
+def draw_rows(
+    image: Tensor,
+    size: tuple[int, int],
+    endings: list[str],
+    *,
+    rows: Tensor,
+    asking: dict[str, Tensor],
+    grid: tuple[int, int],
+) -> Files:
+    """Fig. 4a: each label's rows of raw and consistent attention [P, 2, N], the asking token in white."""
+    drawn = {}
+    for p, ending in enumerate(endings):
+        pair = heat_maps(image, similarity_map(rows[p].T[None], grid, size)[0])
+        for one, kind in zip(pair, ATTENTIONS, strict=True):
+            mark_cell(one, int(asking[kind][p]), grid)
+        drawn[f"attention.{ending}"] = np.concatenate(pair, axis=1)
+    return drawn
+
+
+def draw_maps(image: Tensor, size: tuple[int, int], endings: list[str], *, maps: Tensor) -> Files:
+    """Fig. 6: maps [2, P + 1, H, W] of labels and the empty text, plain CLIP's and the reformed."""
+    pictures = [heat_maps(image, stage) for stage in maps]
     return {
-        name: {kind: _rounded(numbers[i].tolist()) for kind, numbers in values.items()}
-        for i, name in enumerate(names)
+        f"redundant.{ending}": np.concatenate(
+            [stage[i] for stage in pictures for i in (p, -1)], axis=1
+        )
+        for p, ending in enumerate(endings)
     }
 
 
-def _rounded(value: object) -> object:
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    if isinstance(value, float):
-        return None if value != value else round(value, 6)
-    return value
+def _record(names: list[str], values: dict[str, Tensor]) -> dict[str, object]:
+    """The json of an image: numbers of each label, and of the modules."""
+    labels: dict[str, dict[str, float]] = {name: {} for name in names}
+    for i, name in enumerate(names):
+        if "selection" in values:
+            labels[name] |= _named("FSR_{}", SELECTIONS, values["selection"][i])
+        if "redundancy" in values:
+            for stage, numbers in zip(STAGES, values["redundancy"][i], strict=True):
+                labels[name] |= _named(f"{{}}_{stage}", DISTANCES, numbers)
+    record: dict[str, object] = {"classes": labels}
+    if "modules" in values:
+        plain, normed = values["modules"].tolist()
+        positive, negative = values["final"].tolist()
+        record["affinity"] = {
+            "modules": [_rounded(value) for value in plain],
+            "modules_ln_post": [_rounded(value) for value in normed],
+            "positive": _rounded(positive),
+            "negative": _rounded(negative),
+        }
+    return record
+
+
+def _named(name: str, kinds: tuple[str, ...], numbers: Tensor) -> dict[str, float]:
+    return {
+        name.format(kind): round(number, 6)
+        for kind, number in zip(kinds, numbers.tolist(), strict=True)
+    }
+
+
+def _rounded(value: float) -> float | None:
+    return None if value != value else round(value, 6)

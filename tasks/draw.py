@@ -64,6 +64,15 @@ def heat_maps(image: Tensor, maps: Tensor) -> list[np.ndarray]:
     return [heat_map(picture, one.cpu()).numpy() for one in maps]
 
 
+def mark_cell(picture: np.ndarray, index: int, grid: tuple[int, int]) -> None:
+    """Draw a white box around one cell of a grid (h, w), row by row, into a picture."""
+    y, x = divmod(index, grid[1])
+    top, bottom = (row * len(picture) // grid[0] for row in (y, y + 1))
+    left, right = (column * picture.shape[1] // grid[1] for column in (x, x + 1))
+    picture[top:bottom, [left, right - 1]] = 255
+    picture[[top, bottom - 1], left:right] = 255
+
+
 def label_colours(image: Tensor, labels: np.ndarray, palette: list[int]) -> np.ndarray:
     """A label map [H,W] in its colours over the image; palette: 256 x 3 numbers."""
     colours = np.array(palette, dtype=np.float32).reshape(-1, 3)[np.minimum(labels, VOID)]

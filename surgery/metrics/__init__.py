@@ -1,6 +1,6 @@
 """The paper's metrics as torchmetrics classes: states are sums, so they merge over shards."""
 
-from surgery.metrics.analysis import ClassMean
+from surgery.metrics.analysis import ClassMean, ImageMean, Survival
 from surgery.metrics.confusion import Confusion
 from surgery.metrics.contrast import MeanScoreContrast
 from surgery.metrics.points import MaskIoU, PointAccuracy
@@ -12,10 +12,12 @@ from surgery.metrics.words import WordCounts
 __all__ = [
     "ClassMean",
     "Confusion",
+    "ImageMean",
     "MaskIoU",
     "MeanAveragePrecision",
     "MeanScoreContrast",
     "PointAccuracy",
+    "Survival",
     "ThresholdIoU",
     "TokenRanks",
     "WordCounts",

@@ -150,8 +150,13 @@ class Tower(ABC):
         """
 
     @abstractmethod
-    def project(self, x: Tensor) -> Tensor:
-        """Tokens [B, L, D] to the joint space [B, L, C], in float32 (or float64)."""
+    def project(self, x: Tensor, *, norm: bool = True) -> Tensor:
+        """Tokens [B, L, D] to the joint space [B, L, C], in float32 (or float64).
+
+        Args:
+            x: of the last block.
+            norm: with the norm before the projection, where the tower has one.
+        """
 
     @abstractmethod
     def encode(self, images: Tensor, positions: Tensor, plan: Plan) -> ImageTokens:

@@ -74,7 +74,7 @@ class ResNet(Tower):
         visitor.leave(step)
         return step.x
 
-    def project(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor, *, norm: bool = True) -> Tensor:
         """The pool's output projection; see `Tower.project`."""
         projection = self.visual.attnpool.c_proj
         with torch.autocast(x.device.type, enabled=False):

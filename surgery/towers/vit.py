@@ -79,10 +79,10 @@ class ViT(Tower):
             x = step.x
         return x
 
-    def project(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor, *, norm: bool = True) -> Tensor:
         """`ln_post` and projection; see `Tower.project`."""
         with torch.autocast(x.device.type, enabled=False):
-            x = wide_norm(self.visual.ln_post, x)
+            x = wide_norm(self.visual.ln_post, x) if norm else widen(x)
             return x @ self.visual.proj.to(x.dtype)
 
     def encode(self, images: Tensor, positions: Tensor, plan: Plan) -> ImageTokens:

@@ -1,4 +1,4 @@
-"""What Analysis measures: means over images and classes, as curves and bars (Figures 4 to 6)."""
+"""What Analysis measures: mFSR and its survival curve, affinity, redundancy (Figures 4 to 6)."""
 
 from __future__ import annotations
 
@@ -6,80 +6,133 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from datamodules.samples import DatasetInfo
-from surgery.analysis import ATTENTIONS, MODULES, RATIOS, TOKENS
-from surgery.metrics import ClassMean
-from tasks.measures.base import Cell, Measures, Report, Table
+from surgery.analysis import MODULES
+from surgery.metrics import ClassMean, ImageMean, Survival
+from tasks.measures.base import Cell, Measures, Report, Table, by_class
 
-LIKENESS = ("cosine", "correlation")
-STAGES = ("plain", "feature_surgery")
-DIMS = {"selection": 3, "affinity": 3, "redundancy": 2}
-"""Dimensions of one label's values in each analysis."""
+SELECTIONS = ("raw", "consistent", "consistent_same_token", "blind")
+"""Whose foreground selection: raw attention, asked by the token of plain CLIP's map; consistent
+attention, by that of the reformed map, and by plain CLIP's; attention that sees nothing."""
+
+PROJECTIONS = ("", "_ln_post")
+"""How a module's output is projected: as the paper says, or with CLIP's last norm before."""
+
+STAGES = ("plain", "architecture")
+"""Whose maps are compared with the empty text's: plain CLIP's, and those of the reformed attention."""
+
+DISTANCES = ("L1_empty", "L1_zero", "cosine", "correlation")
 
 
 class AnalysisMeasures(Measures):
-    """One mean over images and classes an analysis.
+    """Means over the samples, classes or images that each analysis is defined on.
 
     Args:
         info: the data set.
         selection: whether foreground selection is measured.
-        affinity: whether affinity with the positive labels is.
-        redundancy: whether likeness to the empty text's map is.
+        affinity: whether the modules' affinity with texts is.
+        redundancy: whether maps are compared with the empty text's.
     """
 
     def __init__(
         self, info: DatasetInfo, selection: bool, affinity: bool, redundancy: bool
     ) -> None:
         self.info = info
-        chosen = {"selection": selection, "affinity": affinity, "redundancy": redundancy}
         count = len(info.classes)
-        self.means = {name: ClassMean(count, n) for name, n in DIMS.items() if chosen[name]}
-        super().__init__(self.means)
+        self.selection = ClassMean(count, dims=1) if selection else None
+        self.survival = Survival(len(SELECTIONS) - 1)
+        self.modules = ImageMean(dims=2) if affinity else None
+        self.final = ImageMean(dims=1)
+        self.redundancy = ClassMean(count, dims=2) if redundancy else None
+        metrics: dict[str, Metric] = {}
+        if self.selection:
+            metrics |= {"selection": self.selection, "survival": self.survival}
+        if self.modules:
+            metrics |= {"modules": self.modules, "final": self.final}
+        if self.redundancy:
+            metrics |= {"redundancy": self.redundancy}
+        super().__init__(metrics)
 
     def update(self, values: Mapping[str, Tensor], positives: tuple[int, ...]) -> None:
-        """Add an image: analysis -> values [P, ...] of its positive labels, [P] class indices."""
-        for name, numbers in values.items():
-            self.means[name].update(numbers, torch.tensor(positives))
+        """Add an image.
+
+        Args:
+            values: those that are measured: ``selection`` [P, 4] in the order of ``SELECTIONS``;
+                ``modules`` [2, 2 * blocks], the modules' affinity with the positive labels by both
+                ``PROJECTIONS``, and ``final`` [2], that of the final class token with positive and
+                with negative labels; ``redundancy`` [P, 2, 4] by ``STAGES`` and ``DISTANCES``.
+            positives: [P] class indices.
+        """
+        classes = torch.tensor(positives)
+        if self.selection:
+            self.selection.update(values["selection"], classes)
+            self.survival.update(values["selection"][:, :-1])
+        if self.modules:
+            self.modules.update(values["modules"])
+            self.final.update(values["final"])
+        if self.redundancy:
+            self.redundancy.update(values["redundancy"], classes)
 
     def report(self) -> Report:
-        """The headline of each analysis, the curves over the blocks, and the bars of the classes."""
+        """The headlines and figures of each analysis, and what they are for each class."""
         numbers: dict[str, float] = {}
-        per_class: dict[str, dict[str, float]] = {}
+        columns: dict[str, Tensor] = {}
         tables: dict[str, Table] = {}
-        if "selection" in self.means:
-            values = self.means["selection"].mean()  # [blocks, attentions, ratios]
-            for i, kind in enumerate(ATTENTIONS):
-                numbers[f"mFSR_{kind}"] = float(values[:, i, 0].mean())
-            tables["mfsr"] = _curves(values[..., :1], ATTENTIONS, ("",), "mFSR")
-            tables["mfsr_readings"] = _curves(values, ATTENTIONS, RATIOS, "mFSR")
-        if "affinity" in self.means:
-            values = self.means["affinity"].mean()  # [blocks, modules, tokens]
-            for i, module in enumerate(MODULES):
-                numbers[f"affinity_{module}"] = float(values[:, i, 0].mean())
-            tables["affinity"] = _curves(values, MODULES, TOKENS, "cosine with positive labels")
-        if "redundancy" in self.means:
-            classes = self.means["redundancy"].per_class()  # [K, stages, likeness]
-            columns = [f"{kind}_{stage}" for stage in STAGES for kind in LIKENESS]
-            per_class = {
-                name: dict(zip(columns, values, strict=True))
-                for name, values in zip(self.info.classes, classes.flatten(1).tolist(), strict=True)
-            }
+        if self.selection:
+            for name, value in zip(SELECTIONS, self.selection.mean().tolist(), strict=True):
+                numbers[f"mFSR_{name}"] = value
+            columns |= _columns("FSR_{}", self.selection.per_class(), SELECTIONS)
+            tables["fsr_survival"] = self._survival()
+        if self.modules:
+            positive, negative = self.final.mean().tolist()
+            numbers |= {"affinity_positive": positive, "affinity_negative": negative}
+            for kind, values in zip(PROJECTIONS, self.modules.mean(), strict=True):
+                numbers[f"affinity_last_ffn{kind}"] = float(values[-1])
+                tables[f"affinity{kind}"] = _affinity(values.tolist(), positive, negative)
+        if self.redundancy:
+            mean, classes = self.redundancy.over_samples(), self.redundancy.per_class()
             for i, stage in enumerate(STAGES):
-                numbers[f"redundancy_{stage}"] = float(self.means["redundancy"].mean()[i, 0])
+                end = "" if stage == "plain" else f"_{stage}"
+                numbers[f"redundancy_empty{end}"] = float(mean[i, 0])
+                numbers[f"redundancy_zero{end}"] = float(mean[i, 1])
+                columns |= _columns(f"{{}}_{stage}", classes[:, i], DISTANCES)
             tables["redundancy"] = Table(
-                ("class", *columns),
-                [(name, *row.values()) for name, row in per_class.items()],
+                ("maps of", "to the empty text's map", "to nothing"),
+                [(stage, *mean[i, :2].tolist()) for i, stage in enumerate(STAGES)],
                 plot="bars",
-                label="likeness to the empty text's map",
+                label="L1 distance (mean over pixels)",
             )
-        return Report(numbers, per_class, tables=tables)
+        return Report(numbers, by_class(self.info.classes, columns), tables=tables)
+
+    def _survival(self) -> Table:
+        """Fig. 4b: for each threshold, the share of samples whose FSR is above it."""
+        curves = torch.cat([self.survival.thresholds()[None], self.survival.curves().cpu()])
+        rows: list[tuple[Cell, ...]] = [
+            tuple(round(value, 6) for value in row) for row in curves.T.tolist()
+        ]
+        return Table(
+            ("threshold", *SELECTIONS[:-1]), rows, plot="lines", label="share of samples above"
+        )
 
 
-def _curves(values: Tensor, groups: tuple[str, ...], kinds: tuple[str, ...], label: str) -> Table:
-    """values [blocks, groups, kinds] as one row a block, counted from 1."""
-    columns = [f"{group}_{kind}".rstrip("_") for group in groups for kind in kinds]
+def _columns(name: str, values: Tensor, kinds: tuple[str, ...]) -> dict[str, Tensor]:
+    """values [K, kinds] as one column a kind."""
+    return {name.format(kind): values[:, i] for i, kind in enumerate(kinds)}
+
+
+def _affinity(values: list[float], positive: float, negative: float) -> Table:
+    """Fig. 5: one point a module over depth, and the final class token's two lines."""
+    kinds = len(MODULES)
     rows: list[tuple[Cell, ...]] = [
-        (number, *row) for number, row in enumerate(values.flatten(1).tolist(), start=1)
+        (i + 1, *(value if i % kinds == kind else float("nan") for kind in range(kinds)))
+        for i, value in enumerate(values)
     ]
-    return Table(("block", *columns), rows, plot="lines", label=label)
+    return Table(
+        ("module", *MODULES),
+        rows,
+        plot="points",
+        label="cosine with positive labels",
+        levels={"positive": positive, "negative": negative},
+    )

@@ -26,14 +26,17 @@ class Table:
     Args:
         columns: their names.
         rows: one value a column; NaN is left empty.
-        plot: how ``NAME.png`` shows all columns over the first one: ``lines``, ``bars`` or not.
+        plot: how ``NAME.png`` shows all columns over the first one: ``lines``, ``points``, ``bars`` or
+            not.
         label: what the values are, with their unit, on the plot's axis.
+        levels: name -> value of horizontal lines in the plot, the first blue, the second red.
     """
 
     columns: tuple[str, ...]
     rows: list[tuple[Cell, ...]]
-    plot: Literal["lines", "bars"] | None = None
+    plot: Literal["lines", "points", "bars"] | None = None
     label: str = ""
+    levels: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ def write_tables(folder: Path, tables: dict[str, Table]) -> None:
         return
     for name, table in plots.items():
         # Not pyplot: its figures are global, and would look for a display.
-        figure = Figure(figsize=(max(6.4, 0.3 * len(table.rows)), 4.2), layout="constrained")
+        width = 0.3 * len(table.rows) if table.plot == "bars" else 0
+        figure = Figure(figsize=(max(6.4, width), 4.2), layout="constrained")
         _draw(figure.add_subplot(), table)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=150)
@@ -47,18 +48,21 @@ def write_tables(folder: Path, tables: dict[str, Table]) -> None:
 def _draw(axes: Axes, table: Table) -> None:
     rows = [row for row in table.rows if not all(map(is_nan, row[1:]))]
     first = [row[0] for row in rows]
-    places = list(range(len(first)))
+    counted = not any(isinstance(value, str) for value in first)
+    places = [float(value) for value in first] if counted else list(range(len(first)))
     series = len(table.columns) - 1
     for number, name in enumerate(table.columns[1:], start=1):
         values = [float(row[number]) for row in rows]
-        if table.plot == "lines":
-            axes.plot(places, values, marker=".", label=name)
-        else:
+        if table.plot == "bars":
             width = 0.8 / series
             shifted = [place + (number - (series + 1) / 2) * width for place in places]
             axes.bar(shifted, values, width, label=name)
-    rotation = 90 if any(isinstance(value, str) for value in first) else 0
-    axes.set_xticks(places, [str(value) for value in first], rotation=rotation)
+        else:
+            axes.plot(places, values, "." if table.plot == "points" else ".-", label=name)
+    for (name, level), colour in zip(table.levels.items(), ("tab:blue", "tab:red"), strict=False):
+        axes.axhline(level, color=colour, label=name)
+    if not counted:
+        axes.set_xticks(places, [str(value) for value in first], rotation=90)
     axes.set_xlabel(table.columns[0])
     axes.set_ylabel(table.label)
     axes.grid(axis="y", alpha=0.3)

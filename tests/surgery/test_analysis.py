@@ -1,124 +1,141 @@
-"""Looks into CLIP, on small numbers done by hand and on the stored networks."""
+"""Looks into CLIP, against the paper's analyses in plain numpy and open_clip's own modules."""
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from surgery.analysis import (
-    BlockView,
     affinity,
     cells,
     foreground_selection,
+    look_inside,
+    map_distance,
     map_likeness,
-    walk_blocks,
+    strongest,
 )
-from surgery.metrics import ClassMean
+from surgery.metrics import ClassMean, ImageMean, Survival
+from tests import reference_analyses as paper
 
 
-def test_selection_by_hand():
-    weights = torch.tensor(
-        [
-            [0.5, 0.1, 0.3, 0.1],
-            [0.2, 0.6, 0.1, 0.1],
-            [0.0, 0.0, 1.0, 0.0],
-            [0.3, 0.3, 0.2, 0.2],
-        ]
-    )
-    foreground = torch.tensor([[True, True, False, False], [False, False, True, False]])
-    valid = torch.ones(2, 4, dtype=torch.bool)
-    found = foreground_selection(weights, foreground, valid)
-    others = (0.1 / 0.5 + 0.2 / 0.4) / 2
-    torch.testing.assert_close(found[0], torch.tensor([(0.6 + 0.8) / 2, others, (0.5 + 1) / 2]))
-    assert found[1].isnan().all()  # a single cell
-    valid[0, 2] = False
-    found = foreground_selection(weights, foreground, valid)
-    expected = (0.6 / 0.7 + 0.8 / 0.9) / 2
-    torch.testing.assert_close(found[0, 0], torch.tensor(expected))
-    everything = torch.ones(1, 4, dtype=torch.bool)
-    assert foreground_selection(weights, everything, everything).isnan().all()
-    assert foreground_selection(weights, foreground[:0], valid[:0]).shape == (0, 3)
+def test_cells_are_exact_shares_where_the_grid_does_not_divide_the_image():
+    rng = np.random.default_rng(0)
+    masks = rng.random((3, 37, 50)) > 0.6
+    found = cells(torch.from_numpy(masks), (4, 7)).numpy()
+    for mask, shares in zip(masks, found, strict=True):
+        np.testing.assert_allclose(shares, paper.cell_shares(mask, (4, 7)), atol=1e-6)
+        assert shares.mean() == pytest.approx(mask.mean(), abs=1e-6)
+
+
+def test_selection_is_that_of_the_token_at_the_highest_score():
+    rng = np.random.default_rng(1)
+    weights = rng.random((1 + 12, 1 + 12)) ** 3
+    weights /= weights.sum(1, keepdims=True)
+    scores, shares = rng.normal(size=(12, 3)), rng.random((3, 12))
+    shares[2] = 0.0  # an object that is nowhere still counts, as 0
+    asking = strongest(torch.from_numpy(scores))
+    found = foreground_selection(torch.from_numpy(weights), asking, torch.from_numpy(shares))
+    expected = [paper.fsr(weights, scores[:, p], shares[p]) for p in range(3)]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
+    assert expected[2] == 0.0
 
 
 def test_blind_attention_scores_the_share_of_the_object():
-    foreground = torch.zeros(1, 20, dtype=torch.bool)
-    foreground[0, :5] = True
-    found = foreground_selection(torch.ones(20, 20), foreground, torch.ones_like(foreground))
-    assert found[0, 0] == pytest.approx(5 / 20)
-    assert found[0, 1] == pytest.approx(4 / 19)
+    foreground = torch.zeros(1, 20)
+    foreground[0, :5] = 1.0
+    found = foreground_selection(torch.ones(21, 21), torch.tensor([3]), foreground)
+    assert found.tolist() == [5 / 20]
 
 
-def test_cells_are_shares():
-    mask = torch.zeros(1, 6, 4, dtype=torch.bool)
-    mask[0, :4, 0] = True
-    assert cells(mask, (2, 2)).tolist() == [pytest.approx([0.5, 0, 1 / 6, 0])]
+def test_affinity_is_the_mean_cosine_with_an_images_texts():
+    rng = np.random.default_rng(2)
+    features, texts = rng.normal(size=(2, 5, 8)), rng.normal(size=(3, 8))
+    found = affinity(torch.from_numpy(features), torch.from_numpy(texts)).numpy()
+    assert found.shape == (2, 5)
+    for i in np.ndindex(2, 5):
+        assert found[i] == pytest.approx(paper.affinity(features[i], texts))
+    assert affinity(torch.from_numpy(features), torch.zeros(0, 8).double()).isnan().all()
 
 
-def test_affinity_and_likeness():
-    output = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, -1.0]])
-    found = affinity(output, torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
-    assert found.tolist() == [[1.0, 0.0], [0.0, 0.0]]
-    rng = np.random.default_rng(0)
-    maps, reference = rng.normal(size=(9, 3)), rng.normal(size=9)
-    likeness = map_likeness(torch.from_numpy(maps), torch.from_numpy(reference)).numpy()
-    scaled = (maps - maps.min(0)) / np.ptp(maps, axis=0)
-    empty = (reference - reference.min()) / np.ptp(reference)
+def test_distance_and_likeness_to_the_empty_text():
+    rng = np.random.default_rng(3)
+    maps = np.stack([paper.min_max(rng.normal(size=(6, 5))) for _ in range(4)])
+    found = map_distance(torch.from_numpy(maps[:3]), torch.from_numpy(maps[3])).numpy()
     for i in range(3):
-        cosine = scaled[:, i] @ empty / np.linalg.norm(scaled[:, i]) / np.linalg.norm(empty)
-        correlation = np.corrcoef(maps[:, i], reference)[0, 1]
+        assert found[i].tolist() == pytest.approx(
+            [paper.l1(maps[i], maps[3]), paper.l1(maps[i], 0.0)]
+        )
+    columns, reference = maps[:3].reshape(3, -1).T, maps[3].ravel()
+    likeness = map_likeness(torch.from_numpy(columns), torch.from_numpy(reference)).numpy()
+    for i in range(3):
+        one = columns[:, i]
+        cosine = one @ reference / np.linalg.norm(one) / np.linalg.norm(reference)
+        correlation = np.corrcoef(one, reference)[0, 1]
         assert likeness[i].tolist() == pytest.approx([cosine, correlation])
     assert map_likeness(torch.zeros(4, 1), torch.arange(4.0)).tolist() == [[0.0, 0.0]]
 
 
-def test_blocks_are_those_of_plain_clip(network):
+def test_what_is_seen_is_plain_clips(network):
     """The last block's attention and every output against open_clip's own modules."""
-    backbone = network("vit", attention="raw")
+    backbone = network("vit", attention="surgery")
     images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     visual = backbone.model.visual
-    seen: dict[str, list[torch.Tensor]] = {"attention": [], "ffn": [], "raw": []}
+    outputs: list[torch.Tensor] = []
+    weights: list[torch.Tensor] = []
+
+    def attend(module, arguments, keywords, output):
+        outputs.append(output[0])
+        own = torch.nn.MultiheadAttention.forward
+        x = keywords.get("query", arguments[0] if arguments else None)
+        weights.append(own(module, x, x, x, average_attn_weights=True)[1])
+
     hooks = []
     for block in visual.transformer.resblocks:
-
-        def attend(module, arguments, keywords, output):
-            seen["attention"].append(output[0])
-            own = torch.nn.MultiheadAttention.forward
-            x = keywords.get("query", arguments[0] if arguments else None)
-            seen["raw"].append(own(module, x, x, x, average_attn_weights=True)[1])
-
         hooks.append(block.attn.register_forward_hook(attend, with_kwargs=True))
-        hooks.append(
-            block.mlp.register_forward_hook(lambda m, a, output: seen["ffn"].append(output))
-        )
+        hooks.append(block.mlp.register_forward_hook(lambda m, a, output: outputs.append(output)))
     visual(images)
     for hook in hooks:
         hook.remove()
-    views: list[BlockView] = []
-    walk_blocks(backbone, images, views.append)
-    assert len(views) == len(visual.transformer.resblocks) == 12
-    for i, view in enumerate(views):
-        assert view.grid == (6, 6)
-        torch.testing.assert_close(view.weights["raw"], seen["raw"][i], atol=1e-5, rtol=1e-4)
-        total = view.weights["consistent"].sum(-1)
-        torch.testing.assert_close(total, torch.ones_like(total))
-        for module in ("attention", "ffn"):
-            projected = F.layer_norm(
-                seen[module][i],
-                visual.ln_post.normalized_shape,
-                visual.ln_post.weight,
-                visual.ln_post.bias,
-            )
-            projected = projected @ visual.proj
-            torch.testing.assert_close(view.outputs[module], projected, atol=1e-4, rtol=1e-3)
+    inside = look_inside(backbone, images)
+    torch.testing.assert_close(inside.attention["raw"], weights[-1], atol=1e-5, rtol=1e-4)
+    total = inside.attention["consistent"].sum(-1)
+    torch.testing.assert_close(total, torch.ones_like(total))
+    tokens = torch.stack([output[:, 0] for output in outputs], dim=1)  # [B, 2 * blocks, D]
+    assert inside.modules.shape == (2, 12, 2, 64)
+    for given, expected in (
+        (inside.modules, tokens @ visual.proj),
+        (inside.normed_modules, visual.ln_post(tokens) @ visual.proj),
+    ):
+        torch.testing.assert_close(given.flatten(1, 2), expected, atol=1e-4, rtol=1e-3)
+    plain = network("vit", attention="raw").encode_image(images)
+    torch.testing.assert_close(inside.tokens.class_token, plain.class_token, atol=1e-5, rtol=0)
+    torch.testing.assert_close(inside.tokens.patch_tokens, plain.patch_tokens, atol=2e-5, rtol=0)
+    assert inside.tokens.grid == (6, 6)
+
+
+def test_consistent_attention_is_that_of_the_values(network):
+    backbone = network("vit")
+    images = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    visual, read = backbone.model.visual, []
+    last = visual.transformer.resblocks[-1]
+    hook = last.ln_1.register_forward_hook(lambda m, a, output: read.append(output))
+    visual(images)
+    hook.remove()
+    width = read[0].shape[-1]
+    v = read[0] @ last.attn.in_proj_weight[2 * width :].T + last.attn.in_proj_bias[2 * width :]
+    v = v.unflatten(-1, (last.attn.num_heads, -1)).transpose(1, 2)
+    expected = (v @ v.transpose(-2, -1) * v.shape[-1] ** -0.5).softmax(-1).mean(1)
+    found = look_inside(backbone, images).attention["consistent"]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_resnet_is_refused(network):
     with pytest.raises(ValueError, match="ResNet"):
-        walk_blocks(network("rn"), torch.zeros(1, 3, 96, 96), print)
+        look_inside(network("rn"), torch.zeros(1, 3, 96, 96))
 
 
-def test_class_means_merge_and_leave_gaps_out():
+def test_class_means_merge():
     whole, parts = ClassMean(4, dims=1), [ClassMean(4, dims=1), ClassMean(4, dims=1)]
-    values = [[[1.0, 3.0], [5.0, 7.0]], [[2.0, torch.nan], [9.0, 1.0]], [[4.0, 4.0]]]
+    values = [[[1.0, 3.0], [5.0, 7.0]], [[3.0, 4.0], [9.0, 1.0]], [[4.0, 4.0]]]
     classes = [[0, 2], [0, 1], [0]]
     for i, (rows, where) in enumerate(zip(values, classes, strict=True)):
         for metric in (whole, parts[i % 2]):
@@ -126,8 +143,33 @@ def test_class_means_merge_and_leave_gaps_out():
     merged = ClassMean(4, dims=1)
     for part in [*parts, ClassMean(4, dims=1)]:
         merged.merge_state(part.metric_state)
-    expected = torch.tensor([[2.5, 3.5], [9.0, 1.0], [5.0, 7.0]], dtype=torch.float64)
-    assert torch.equal(merged.per_class()[:3], expected)
+    expected = torch.tensor([[8 / 3, 11 / 3], [9.0, 1.0], [5.0, 7.0]], dtype=torch.float64)
+    torch.testing.assert_close(merged.per_class()[:3], expected)
     assert merged.per_class()[3].isnan().all()
     assert torch.equal(merged.mean(), whole.mean())
-    assert torch.equal(whole.compute(), expected.mean(0))
+    torch.testing.assert_close(whole.compute(), expected.mean(0))
+    over = torch.tensor([22 / 5, 19 / 5], dtype=torch.float64)
+    torch.testing.assert_close(merged.over_samples(), over)
+
+
+def test_image_means_and_survival_merge():
+    means, curves = [ImageMean(1), ImageMean(1)], [Survival(2), Survival(2)]
+    rng = np.random.default_rng(4)
+    values = rng.random((9, 2))
+    for i in range(9):
+        row = torch.from_numpy(values[i]).clone()
+        if i == 4:
+            row[1] = torch.nan
+        means[i % 2].update(row)
+        curves[i % 2].update(torch.from_numpy(values[i : i + 1]))
+    mean, curve = ImageMean(1), Survival(2)
+    for i in range(2):
+        mean.merge_state(means[i].metric_state)
+        curve.merge_state(curves[i].metric_state)
+    assert mean.mean().tolist() == pytest.approx(
+        [values[:, 0].mean(), np.delete(values[:, 1], 4).mean()]
+    )
+    for k in range(2):
+        samples = [(0, value) for value in values[:, k]]
+        expected = paper.survival(samples, curve.thresholds().numpy())
+        np.testing.assert_allclose(curve.curves()[k].numpy(), expected)

@@ -1,4 +1,4 @@
-"""The analyses through the command line, against plain numpy over open_clip's own modules."""
+"""The analyses through the command line, against the paper's in plain numpy over open_clip."""
 
 import csv
 import json
@@ -12,14 +12,16 @@ from PIL import Image
 from datamodules.shapes import NOUNS, draw_scene
 from surgery import encode_prompts, load_backbone
 from tasks.__main__ import main
+from tests import reference_analyses as paper
 from tests.tasks.conftest import members
 
-GRID, HEADS = 6, 2
+GRID, HEADS, SIZE = (6, 6), 2, 64
 
 
 @pytest.fixture(scope="module")
 def run(predict, tmp_path_factory):
-    return predict(tmp_path_factory.mktemp("runs") / "analysis", task="Analysis")
+    folder = tmp_path_factory.mktemp("runs") / "analysis"
+    return predict(folder, "--writer.overlays=true", task="Analysis")
 
 
 @pytest.fixture(scope="module")
@@ -27,133 +29,163 @@ def backbone(tiny):
     return load_backbone(str(tiny))
 
 
-def softmax(x: np.ndarray) -> np.ndarray:
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
+@pytest.fixture(scope="module")
+def texts(backbone) -> np.ndarray:
+    """Features of the nouns and of the empty text, [13, C]."""
+    empty = backbone.encode_text(backbone.tokenizer([""]))
+    return torch.cat([encode_prompts(backbone, backbone.tokenizer, NOUNS), empty]).numpy()
+
+
+@pytest.fixture(scope="module")
+def metrics(run) -> dict[str, float]:
+    return json.loads((run / "metrics.json").read_text())["metrics"]
 
 
 def unit(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def coverage(mask: np.ndarray) -> np.ndarray:
-    """Share of each cell [GRID * GRID] that a mask [H,W] covers; cells may share pixels."""
-    n = len(mask)
-    edges = [(i * n // GRID, -(-(i + 1) * n // GRID)) for i in range(GRID)]
-    return np.array([mask[a:b, c:d].mean() for a, b in edges for c, d in edges])
+def labels(index: int) -> list[int]:
+    """Classes of a scene, from 0."""
+    return [int(v) - 1 for v in sorted(set(draw_scene(5, index, SIZE).label.ravel()) - {0})]
 
 
 def pixels(index: int, backbone) -> torch.Tensor:
-    picture = Image.fromarray(draw_scene(5, index, 64).image)
+    picture = Image.fromarray(draw_scene(5, index, SIZE).image)
     small = np.asarray(picture.resize((48, 48), Image.Resampling.BICUBIC)).copy()
     return backbone.preprocess(torch.from_numpy(small).permute(2, 0, 1)[None])
 
 
 @torch.no_grad()
-def modules(index: int, backbone) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
-    """Inputs of every attention [1 + N, D], and the outputs of attention and FFN, by hooks."""
-    blocks = backbone.model.visual.transformer.resblocks
-    read, attended, fed = [], [], []
-    hooks = [
-        b.ln_1.register_forward_hook(lambda m, a, y: read.append(y[0].numpy())) for b in blocks
-    ]
-    hooks += [
-        b.attn.register_forward_hook(lambda m, a, y: attended.append(y[0][0])) for b in blocks
-    ]
-    hooks += [b.mlp.register_forward_hook(lambda m, a, y: fed.append(y[0])) for b in blocks]
+def modules(index: int, backbone) -> tuple[np.ndarray, np.ndarray]:
+    """What the last attention reads [1 + N, D], and all modules' class tokens [2 * blocks, D]."""
     visual = backbone.model.visual
+    read, outputs, hooks = [], [], []
+    for b in visual.transformer.resblocks:
+        hooks += [
+            b.ln_1.register_forward_hook(lambda m, a, y: read.append(y[0].numpy())),
+            b.attn.register_forward_hook(lambda m, a, y: outputs.append(y[0][0, 0])),
+            b.mlp.register_forward_hook(lambda m, a, y: outputs.append(y[0, 0])),
+        ]
     visual(pixels(index, backbone))
     for hook in hooks:
         hook.remove()
-    projected = [
-        [(visual.ln_post(x) @ visual.proj).numpy() for x in outputs] for outputs in (attended, fed)
-    ]
-    return read, projected
+    return read[-1], torch.stack(outputs).numpy()
 
 
 def attention(x: np.ndarray, block, pair: str) -> np.ndarray:
-    """Mean attention [N, N] of patches to patches."""
+    """Mean attention [1 + N, 1 + N] of a block that reads x."""
     weight, bias = block.attn.in_proj_weight.numpy(), block.attn.in_proj_bias.numpy()
     parts = dict(zip("qkv", np.split(x @ weight.T + bias, 3, axis=1), strict=True))
     asks, keys = (np.split(parts[p], HEADS, axis=1) for p in pair)
-    maps = [softmax(a @ k.T / np.sqrt(a.shape[1])) for a, k in zip(asks, keys, strict=True)]
-    return np.mean(maps, axis=0)[1:, 1:]
+    logits = [a @ k.T / np.sqrt(a.shape[1]) for a, k in zip(asks, keys, strict=True)]
+    powers = [np.exp(x - x.max(-1, keepdims=True)) for x in logits]
+    return np.mean([p / p.sum(-1, keepdims=True) for p in powers], axis=0)
 
 
-def test_mfsr_equals_a_plain_numpy_computation(run, backbone):
-    blocks = backbone.model.visual.transformer.resblocks
-    ratios: dict[int, list[np.ndarray]] = {}
+def similarities(index: int, backbone, texts, name: str) -> np.ndarray:
+    """[N, 13] by a recipe."""
+    tokens = backbone.with_attention(name).encode_image(pixels(index, backbone))
+    return unit(tokens.patch_tokens[0].numpy()) @ unit(texts).T
+
+
+def test_mfsr_is_that_of_eq_4(run, metrics, backbone, texts):
+    block = backbone.model.visual.transformer.resblocks[-1]
+    samples: dict[str, list[tuple[int, float]]] = {}
     for index in range(20):
         read, _ = modules(index, backbone)
-        label = draw_scene(5, index, 64).label
-        for value in sorted(set(label.ravel()) - {0}):
-            own = coverage(label == value) >= 0.5
-            if not 2 <= own.sum() < len(own):
-                continue
-            curve = []
-            for x, block in zip(read, blocks, strict=True):
-                for pair in ("qk", "vv"):
-                    rows = attention(x, block, pair)[own]
-                    curve.append((rows[:, own].sum(1) / rows.sum(1)).mean())
-                    top = np.argsort(-rows, axis=1)[:, : own.sum()]
-                    curve.append(own[top].mean())
-            ratios.setdefault(value, []).append(np.array(curve).reshape(len(blocks), 2, 2))
-    expected = np.mean([np.mean(values, axis=0) for values in ratios.values()], axis=0)
-    rows = list(csv.DictReader((run / "mfsr_readings.csv").open()))
-    assert [int(row["block"]) for row in rows] == list(range(1, 8))
-    for i, row in enumerate(rows):
-        for j, kind in enumerate(("raw", "consistent")):
-            assert float(row[f"{kind}_weight"]) == pytest.approx(expected[i, j, 0], abs=1e-5)
-            assert float(row[f"{kind}_top"]) == pytest.approx(expected[i, j, 1], abs=2e-3)
-    metrics = json.loads((run / "metrics.json").read_text())["metrics"]
-    for j, kind in enumerate(("raw", "consistent")):
-        assert metrics[f"mFSR_{kind}"] == pytest.approx(expected[:, j, 0].mean(), abs=1e-5)
+        raw, consistent = (attention(read, block, pair) for pair in ("qk", "vv"))
+        plain, reformed = (similarities(index, backbone, texts, n) for n in ("raw", "surgery"))
+        for c in labels(index):
+            shares = paper.cell_shares(draw_scene(5, index, SIZE).label == c + 1, GRID)
+            for name, weights, scores in (
+                ("raw", raw, plain),
+                ("consistent", consistent, reformed),
+                ("consistent_same_token", consistent, plain),
+            ):
+                value = paper.fsr(weights, scores[:, c], shares)
+                samples.setdefault(name, []).append((c, value))
+            samples.setdefault("blind", []).append((c, float(shares.mean())))
+    for name, values in samples.items():
+        assert metrics[f"mFSR_{name}"] == pytest.approx(paper.mfsr(values), abs=1e-5), name
+    rows = list(csv.DictReader((run / "fsr_survival.csv").open()))
+    thresholds = np.array([float(row["threshold"]) for row in rows])
+    assert thresholds.tolist() == [round(i / 100, 2) for i in range(101)]
+    for name in ("raw", "consistent", "consistent_same_token"):
+        curve = [float(row[name]) for row in rows]
+        # A sample may lie at a threshold but for its last digits.
+        nearly = 1.5 / len(samples[name])
+        assert curve == pytest.approx(paper.survival(samples[name], thresholds), abs=nearly)
+        assert curve[0] == 1.0
+        assert curve[-1] == 0.0
 
 
-def test_affinity_equals_a_plain_numpy_computation(run, backbone):
-    text = encode_prompts(backbone, backbone.tokenizer, NOUNS).numpy()
-    angles: dict[int, list[np.ndarray]] = {}
+def test_affinity_is_that_of_eq_5(run, metrics, backbone, texts):
+    visual = backbone.model.visual
+    found, lines = {"": [], "_ln_post": []}, []
     for index in range(20):
         _, outputs = modules(index, backbone)
-        for value in sorted(set(draw_scene(5, index, 64).label.ravel()) - {0}):
-            cosines = np.array([[unit(x) @ text[value - 1] for x in each] for each in outputs])
-            pair = np.stack([cosines[..., 0], cosines[..., 1:].mean(-1)], axis=-1)
-            angles.setdefault(value, []).append(pair)
-    expected = np.mean([np.mean(values, axis=0) for values in angles.values()], axis=0)
-    for i, row in enumerate(csv.DictReader((run / "affinity.csv").open())):
-        for j, module in enumerate(("attention", "ffn")):
-            assert float(row[f"{module}_class"]) == pytest.approx(expected[j, i, 0], abs=1e-5)
-            assert float(row[f"{module}_patches"]) == pytest.approx(expected[j, i, 1], abs=1e-5)
+        normed = visual.ln_post(torch.from_numpy(outputs)).numpy()
+        positive = labels(index)
+        negative = [c for c in range(12) if c not in positive]
+        for name, features in (("", outputs), ("_ln_post", normed)):
+            projected = features @ visual.proj.numpy()
+            found[name].append([paper.affinity(x, texts[positive]) for x in projected])
+        final = backbone.encode_image(pixels(index, backbone)).class_token[0].numpy()
+        lines.append([paper.affinity(final, texts[c]) for c in (positive, negative)])
+    for name, values in found.items():
+        expected = np.mean(values, axis=0)
+        rows = list(csv.DictReader((run / f"affinity{name}.csv").open()))
+        assert [int(row["module"]) for row in rows] == list(range(1, 15))
+        points = [float(row["attention"] or row["ffn"]) for row in rows]
+        assert points == pytest.approx(expected.tolist(), abs=1e-5)
+        assert [bool(row["ffn"]) for row in rows] == [False, True] * 7
+        assert metrics[f"affinity_last_ffn{name}"] == pytest.approx(expected[-1], abs=1e-5)
+    positive, negative = np.mean(lines, axis=0)
+    assert metrics["affinity_positive"] == pytest.approx(positive, abs=1e-5)
+    assert metrics["affinity_negative"] == pytest.approx(negative, abs=1e-5)
 
 
-def test_redundancy_equals_a_plain_numpy_computation(run, backbone):
-    text = encode_prompts(backbone, backbone.tokenizer, NOUNS).numpy()
-    empty = unit(backbone.encode_text(backbone.tokenizer([""])).numpy())[0]
-    likeness: dict[int, list[float]] = {}
-    for index in range(20):
-        patches = unit(backbone.encode_image(pixels(index, backbone)).patch_tokens[0].numpy())
-        maps = [patches @ t for t in (*text, empty)]
-        maps = [(m - m.min()) / np.ptp(m) for m in maps]
-        for value in set(draw_scene(5, index, 64).label.ravel()) - {0}:
-            cosine = unit(maps[value - 1]) @ unit(maps[-1])
-            likeness.setdefault(int(value) - 1, []).append(float(cosine))
-    summary = json.loads((run / "metrics.json").read_text())
-    for i, values in likeness.items():
-        found = summary["per_class"][NOUNS[i]]["cosine_plain"]
-        assert found == pytest.approx(np.mean(values), abs=1e-4)
-    mean = np.mean([np.mean(values) for values in likeness.values()])
-    assert summary["metrics"]["redundancy_plain"] == pytest.approx(mean, abs=1e-4)
+def test_redundancy_is_that_of_fig_6(run, metrics, backbone, texts):
+    for name, end in (("raw", ""), ("surgery", "_architecture")):
+        rows: list[tuple[int, float, float]] = []
+        for index in range(20):
+            scores = similarities(index, backbone, texts, name)
+            cells = np.stack([paper.min_max(column) for column in scores.T]).reshape(13, 1, *GRID)
+            large = torch.nn.functional.interpolate(
+                torch.from_numpy(cells), (SIZE, SIZE), mode="bilinear"
+            )[:, 0].numpy()
+            rows += [
+                (c, paper.l1(large[c], large[12]), paper.l1(large[c], 0)) for c in labels(index)
+            ]
+        for i, kind in ((1, "empty"), (2, "zero")):
+            expected = np.mean([row[i] for row in rows])
+            assert metrics[f"redundancy_{kind}{end}"] == pytest.approx(expected, abs=1e-5)
+        table = {row["maps of"]: row for row in csv.DictReader((run / "redundancy.csv").open())}
+        stage = end.removeprefix("_") or "plain"
+        found = float(table[stage]["to the empty text's map"])
+        assert found == pytest.approx(np.mean([row[1] for row in rows]), abs=1e-5)
 
 
-def test_every_image_has_its_numbers_and_every_table_its_plot(run):
-    record = json.loads(members(run / "000000.tar")["00000000.json"])
-    assert set(record) == set(draw_scene(5, 0, 64).nouns)
-    for numbers in record.values():
-        assert np.shape(numbers["selection"]) == (7, 2, 3)
-        assert np.shape(numbers["affinity"]) == (7, 2, 2)
-        assert np.shape(numbers["redundancy"]) == (2, 2)
+def test_every_image_has_its_numbers_and_pictures_and_every_table_its_plot(run, backbone, texts):
+    files = members(run / "000000.tar")
+    record = json.loads(files["00000000.json"])
+    assert set(record["classes"]) == set(draw_scene(5, 0, SIZE).nouns)
+    read, _ = modules(0, backbone)
+    block = backbone.model.visual.transformer.resblocks[-1]
+    for name, numbers in record["classes"].items():
+        c = NOUNS.index(name)
+        shares = paper.cell_shares(draw_scene(5, 0, SIZE).label == c + 1, GRID)
+        plain = similarities(0, backbone, texts, "raw")[:, c]
+        expected = paper.fsr(attention(read, block, "qk"), plain, shares)
+        assert numbers["FSR_raw"] == pytest.approx(expected, abs=1e-5)
+        for kind in ("attention", "redundant"):
+            ending = f"{c:03d}-{name}"
+            (file,) = [n for n in files if n.startswith(f"00000000.{kind}.{ending}")]
+            assert file.endswith(".jpg")
+    assert len(record["affinity"]["modules"]) == 14
     pytest.importorskip("matplotlib")
-    for name in ("mfsr", "mfsr_readings", "affinity", "redundancy"):
+    for name in ("fsr_survival", "affinity", "affinity_ln_post", "redundancy"):
         with Image.open(run / f"{name}.png") as plot:
             assert plot.width > 500
 
@@ -162,9 +194,10 @@ def test_flags_choose_the_analyses(predict, tmp_path):
     off = ("--model.selection=false", "--model.affinity=false")
     run = predict(tmp_path / "run", *off, task="Analysis")
     assert (run / "redundancy.csv").exists()
-    assert not (run / "mfsr.csv").exists()
+    assert not (run / "fsr_survival.csv").exists()
     record = json.loads(members(run / "000000.tar")["00000000.json"])
-    assert all(set(numbers) == {"redundancy"} for numbers in record.values())
+    assert set(record) == {"classes"}
+    assert not any("FSR" in name for numbers in record["classes"].values() for name in numbers)
 
 
 def test_a_resnet_is_refused_at_once(command, tmp_path, capsys):
