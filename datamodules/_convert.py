@@ -9,28 +9,35 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image
 from tqdm import tqdm
 from webdataset import TarWriter
 
 from common.errors import UserError
 from common.files import file_sha256
+from datamodules._dataset_json import NAME, UNFINISHED, read_dataset_json
 from datamodules._decode import read_index_png
 from datamodules._tar import BadSample
 from datamodules.samples import DatasetInfo
-from datamodules.shards import read_dataset_json
+
+log = logging.getLogger(__name__)
 
 Members = dict[str, str | bytes]
+
+_SIGN_OF_LIFE = 30  # seconds
 
 
 class SourceError(UserError):
@@ -76,51 +83,47 @@ def write_shards(
     """Write all shards that are not there yet, then ``dataset.json``; returns what that holds.
 
     A shard gets its final name only when it is complete, so a killed conversion is resumed by
-    running it again. Bad samples are left out, counted and listed.
+    running it again; until it has come to its end ``dataset.json`` says so, and nobody else takes the
+    folder for a data set. Bad samples are left out, counted and listed. A second process that writes
+    to the same folder waits for the first.
 
     Raises:
         SourceError: the output folder holds shards of another data set or split.
     """
     output.mkdir(parents=True, exist_ok=True)
-    before = read_dataset_json(output)
+    with _alone(output):
+        return _write_shards(source, output, shard_size, workers)
+
+
+def _write_shards(
+    source: Source, output: Path, shard_size: int, workers: int | None
+) -> dict[str, Any]:
+    before = read_dataset_json(output, half_made=True)
     if before and (before.get("dataset"), before.get("split")) != (source.info.name, source.split):
         raise SourceError(
             f"{output} holds shards of {before.get('dataset')} {before.get('split')}, not of "
             f"{source.info.name} {source.split}: choose another --output"
         )
-    groups = [source.items[i : i + shard_size] for i in range(0, len(source.items), shard_size)]
+    groups = {
+        f"{start // shard_size:06d}.tar": source.items[start : start + shard_size]
+        for start in range(0, len(source.items), shard_size)
+    }
     done: dict[str, ShardFacts] = {}
-    todo: list[tuple[str, Sequence[Any]]] = []
-    for number, group in enumerate(groups):
-        name = f"{number:06d}.tar"
+    for name, group in groups.items():
         facts = _finished(output, name, _identity(source, group))
         if facts:
             done[name] = facts
-        else:
-            todo.append((name, group))
-    for stale in {p.name for p in output.glob("[0-9]*.tar")} - {
-        f"{i:06d}.tar" for i in range(len(groups))
-    }:
-        (output / stale).unlink()
-        (output / f"{stale}.json").unlink(missing_ok=True)
+    stale = {path.name for path in output.glob("[0-9]*.tar")} - groups.keys()
+    if stale or len(done) < len(groups):
+        unfinished = {"samples": len(source.items), "shards": len(groups)}
+        about = {"dataset": source.info.name, "split": source.split, UNFINISHED: unfinished}
+        _publish(output / NAME, json.dumps(about, indent=1).encode())
+    for name in stale:
+        (output / name).unlink()
+        (output / f"{name}.json").unlink(missing_ok=True)
     for partial in output.glob("*.partial"):
         partial.unlink()
-    workers = min(workers or os.cpu_count() or 1, max(len(todo), 1))
-    with tqdm(total=len(source.items), unit="sample", disable=None, file=sys.stderr) as bar:
-        bar.update(sum(len(g) for i, g in enumerate(groups) if f"{i:06d}.tar" in done))
-        if workers <= 1:
-            for name, group in todo:
-                done[name] = _write_shard(source, output, name, group)
-                bar.update(len(group))
-        else:
-            with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-                futures = {
-                    pool.submit(_write_shard, _without_items(source), output, n, g): g
-                    for n, g in todo
-                }
-                for future in as_completed(futures):
-                    done[future.result().name] = future.result()
-                    bar.update(len(futures[future]))
+    _write_missing(source, output, groups, done, workers)
     shards = [done[name] for name in sorted(done)]
     described = {
         "dataset": source.info.name,
@@ -135,8 +138,57 @@ def write_shards(
         "shards": [{k: v for k, v in asdict(s).items() if k != "bad"} for s in shards],
         "bad": [list(b) for b in (*source.bad, *(b for s in shards for b in s.bad))],
     }
-    _publish(output / "dataset.json", json.dumps(described, indent=1).encode())
+    _publish(output / NAME, json.dumps(described, indent=1).encode())
     return described
+
+
+def _write_missing(
+    source: Source,
+    output: Path,
+    groups: dict[str, Sequence[Any]],
+    done: dict[str, ShardFacts],
+    workers: int | None,
+) -> None:
+    """Write the shards of ``groups`` that are not in ``done``, and add them to it."""
+    todo = {name: group for name, group in groups.items() if name not in done}
+    workers = min(workers or os.cpu_count() or 1, max(len(todo), 1))
+    with tqdm(total=len(source.items), unit="sample", disable=None, file=sys.stderr) as bar:
+        bar.update(sum(len(groups[name]) for name in done))
+        if workers <= 1:
+            for name, group in todo.items():
+                done[name] = _write_shard(source, output, name, group)
+                bar.update(len(group))
+            return
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            futures = [
+                pool.submit(_write_shard, _without_items(source), output, name, group)
+                for name, group in todo.items()
+            ]
+            for future in as_completed(futures):
+                facts = future.result()
+                done[facts.name] = facts
+                bar.update(len(groups[facts.name]))
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Hold a folder for this process, waiting for one that has it; ends with the process."""
+    lock = FileLock(output / ".lock")
+    waited = 0
+    while True:
+        try:
+            lock.acquire(timeout=_SIGN_OF_LIFE if waited else 0)
+            break
+        except Timeout:
+            log.warning("waiting for another process that writes to %s (%d s)", output, waited)
+            waited += _SIGN_OF_LIFE
+        except (NotImplementedError, OSError) as error:  # a file system without locks
+            log.warning("%s can't be locked (%s): let no second process write there", output, error)
+            break
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _write_shard(source: Source, output: Path, name: str, items: Sequence[Any]) -> ShardFacts:

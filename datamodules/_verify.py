@@ -16,10 +16,10 @@ from tqdm import tqdm
 from common.errors import MissingFile
 from common.files import file_sha256
 from common.pictures import MAX_PIXELS
+from datamodules._dataset_json import read_dataset_json
 from datamodules._decode import Decoder, reason_of
 from datamodules._tar import ShardError, index_shard
 from datamodules.samples import VOID, DatasetInfo, SampleError
-from datamodules.shards import read_dataset_json
 
 
 class Verified(NamedTuple):
@@ -37,13 +37,14 @@ def verify(folder: Path, *, workers: int | None = None) -> Verified:
     labels may occur is not known.
 
     Raises:
-        FileNotFoundError: no shards there.
+        MissingFile: no shards there, or only some of those that are being made.
+        InvalidSetting: its ``dataset.json`` isn't valid.
     """
     described = read_dataset_json(folder)
     files = {path.name: path for path in sorted(folder.glob("*.tar"))}
-    if not files and not described:
-        raise MissingFile(f"{folder} holds no *.tar: give a folder of shards")
     facts = {shard["name"]: shard for shard in described.get("shards", [])}
+    if not files and not facts:
+        raise MissingFile(f"{folder} holds no *.tar: give a folder of shards")
     problems = [
         SampleError(name, "", "is listed in dataset.json, but missing")
         for name in facts.keys() - files
@@ -65,6 +66,8 @@ def verify(folder: Path, *, workers: int | None = None) -> Verified:
         ):
             samples += count
             problems += wrong
+    if not samples and not problems:
+        problems.append(SampleError(str(folder), "", "there is not one sample in its shards"))
     return Verified(len(files), samples, problems)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from PIL import Image
 
 from common.errors import InvalidSetting
 from datamodules._convert import Members, Source, json_bytes, png_bytes, write_shards
+from datamodules._dataset_json import UNFINISHED, read_dataset_json
 from datamodules._tar import TARS
 from datamodules.samples import DatasetInfo
 from datamodules.shards import ShardDataModule
@@ -618,16 +619,28 @@ INFO: Final = DatasetInfo(
 )
 
 
+class World(NamedTuple):
+    """Which scenes are drawn where nothing else is said."""
+
+    scenes: int = 48
+    seed: int = 2026
+    size: int = 192
+
+
+DRAWN: Final = World()
+
+
 class Shapes(ShardDataModule):
     """The demo world: drawn scenes of 12 nouns with captions, labels and exact masks.
 
-    Where the folder of shards is missing, it is drawn before the run starts.
+    Where the folder of shards is missing, or was not drawn to its end, the scenes are drawn before
+    the run starts.
 
     Args:
         shards: folder of the shards, or a pattern or URL of shards that exist.
-        scenes: how many scenes are drawn if the folder is missing.
-        seed: the world that they are taken from.
-        scene_size: their side in pixels.
+        scenes: how many scenes; 48 if they have to be drawn.
+        seed: the world that they are taken from; 2026 if they have to be drawn.
+        scene_size: their side in pixels; 192 if they have to be drawn.
         scenes_per_shard: how many make a shard.
         **kwargs: of every DataModule.
     """
@@ -638,9 +651,9 @@ class Shapes(ShardDataModule):
     def __init__(
         self,
         shards: str | list[str] = "shards/shapes",
-        scenes: int = 48,
-        seed: int = 2026,
-        scene_size: int = 192,
+        scenes: int | None = None,
+        seed: int | None = None,
+        scene_size: int | None = None,
         scenes_per_shard: int = 16,
         **kwargs: Any,
     ) -> None:
@@ -651,13 +664,44 @@ class Shapes(ShardDataModule):
         self.scenes_per_shard = scenes_per_shard
 
     def prepare_data(self) -> None:
-        """Draw the scenes, once a machine, if their folder is not there."""
+        """Draw the scenes that are not there, once a machine, if a folder is given for them.
+
+        Raises:
+            InvalidSetting: the folder holds other scenes than those asked for.
+            MissingFile: it holds some of those that another command was drawing.
+        """
         pattern = not isinstance(self.shards, str) or any(c in self.shards for c in "{}*?:")
-        if isinstance(self.shards, str) and not pattern and not self.shards.endswith(TARS):
-            folder = Path(self.shards)
-            if not any(folder.glob("*.tar")):
-                source = self.source(self.scenes, self.seed, self.scene_size)
-                write_shards(source, folder, shard_size=self.scenes_per_shard, workers=1)
+        if pattern or not isinstance(self.shards, str) or self.shards.endswith(TARS):
+            return
+        folder = Path(self.shards)
+        scenes = DRAWN.scenes if self.scenes is None else self.scenes
+        seed = DRAWN.seed if self.seed is None else self.seed
+        size = DRAWN.size if self.scene_size is None else self.scene_size
+        source = self.source(scenes, seed, size)
+        described = read_dataset_json(folder, half_made=True)
+        if UNFINISHED in described:
+            if (described["split"], described[UNFINISHED]["samples"]) != (source.split, scenes):
+                read_dataset_json(folder)  # says that it is half made
+        elif any(folder.glob("*.tar")):
+            self._refuse_other_scenes(folder, described)
+            return
+        write_shards(source, folder, shard_size=self.scenes_per_shard, workers=1)
+
+    def _refuse_other_scenes(self, folder: Path, described: dict[str, Any]) -> None:
+        there = [f"{described.get('samples')} scenes", *described.get("split", "").split(", ")]
+        asked = {
+            f"{self.scenes} scenes": self.scenes,
+            f"seed {self.seed}": self.seed,
+            f"{self.scene_size} px": self.scene_size,
+        }
+        other = [
+            words for words, value in asked.items() if value is not None and words not in there
+        ]
+        if described and other:
+            raise InvalidSetting(
+                f"{folder} holds {', '.join(there)}, not {', '.join(other)}: give the folder of others, "
+                "or one to draw them in, with --data.shards"
+            )
 
     @classmethod
     def source(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from common.errors import InvalidSetting, MissingFile
 from common.pictures import MAX_PIXELS
 from datamodules._contents import describe_file
+from datamodules._dataset_json import read_dataset_json
 from datamodules._decode import Decoder, reason_of
 from datamodules._device_decode import decode_pending, load_decoder
 from datamodules._download import Archive
@@ -447,17 +447,3 @@ def name_shards(urls: list[str]) -> list[tuple[str, str]]:
             return list(zip(names, urls, strict=True))
     listed = sorted(without_query(url) for url in urls)
     raise InvalidSetting(f"the same shard is listed twice: {listed[:4]}")
-
-
-def read_dataset_json(folder: Path) -> dict[str, Any]:
-    """The description that ``lightning shards`` writes beside shards; empty if there is none."""
-    path = folder / "dataset.json"
-    if not path.exists():
-        return {}
-    try:
-        described = json.loads(path.read_text())
-    except ValueError as error:
-        raise InvalidSetting(
-            f"{path} is not valid JSON ({error}): convert the data set again"
-        ) from None
-    return described if isinstance(described, dict) else {}

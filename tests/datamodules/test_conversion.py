@@ -20,7 +20,9 @@ from datamodules._convert import Source, sample_members, write_shards
 from datamodules.samples import DatasetInfo
 from tasks.__main__ import main
 from tests.datamodules.fakes import fake_coco, fake_voc, picture
+from tests.tasks.conftest import TINY
 
+ROOT = Path(__file__).parents[2]
 INFO = DatasetInfo("toy", ("cat", "dog"))
 
 
@@ -52,8 +54,7 @@ def test_killed_in_the_middle_and_run_again(tmp_path):
         f"p = Path({str(tmp_path)!r});"
         "write_shards(toy(p / 'in', delay=0.15), p / 'out', shard_size=3, workers=1)"
     )
-    root = Path(__file__).parents[2]
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=root)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     try:
         deadline = time.time() + 60
         while not (tmp_path / "out" / "000001.tar").exists() and time.time() < deadline:
@@ -65,7 +66,7 @@ def test_killed_in_the_middle_and_run_again(tmp_path):
     left = sorted(p.name for p in out.glob("*.tar"))
     assert left[:2] == ["000000.tar", "000001.tar"]
     assert len(left) < 4
-    assert not (out / "dataset.json").exists()
+    assert "unfinished" in json.loads((out / "dataset.json").read_text())
     for name in left:  # whatever has its final name is whole
         with tarfile.open(out / name) as tar:
             assert len(tar.getnames()) == 9
@@ -168,3 +169,136 @@ def test_img2dataset_shards_are_read_as_they_are(tmp_path):
     assert batch.captions[1] == "caption of 000003"
     assert batch.labels == [None] * 3
     assert GCC3M(str(tmp_path), names=["cat"]).info.classes == ("cat",)
+
+
+def killed_after(folder: Path, words: list[str], name: str) -> None:
+    """Run a command in a process of its own, and kill it when it has made a file."""
+    process = subprocess.Popen([sys.executable, "-m", "tasks", *words], cwd=ROOT)
+    try:
+        deadline = time.time() + 120
+        while not (folder / name).exists() and process.poll() is None and time.time() < deadline:
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.wait()
+    assert (folder / name).exists()
+    assert len(list(folder.glob("*.tar"))) < 200
+
+
+@pytest.mark.processes
+def test_a_half_made_data_set_is_no_data_set_until_it_is_whole(tmp_path, tiny_run, capsys):
+    folder = tmp_path / "out"
+    words = ["shards", "shapes", "--count", "200", "--shard-size", "1", "--size", "64"]
+    words += ["--output", str(folder), "--workers", "1"]
+    killed_after(folder, words, "000002.tar")
+    assert main(["shards", "verify", str(folder), "--workers", "1"]) == 1
+    assert "half made" in capsys.readouterr().err
+    assert tiny_run(folder, tmp_path / "run") == 1
+    said = capsys.readouterr().err
+    assert "half made" in said
+    assert "of 200 shards" in said
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    before = (folder / "000000.tar").stat().st_mtime_ns
+    assert main(words) == 0
+    assert (folder / "000000.tar").stat().st_mtime_ns == before
+    assert tiny_run(folder, tmp_path / "run") == 0
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["images"] == 200
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny.json"
+    path.write_text(json.dumps(TINY))
+    return path
+
+
+@pytest.fixture
+def tiny_run(tiny):
+    """Predict on a folder of shards; returns the exit code."""
+
+    def run(shards: Path, output: Path, *more: str) -> int:
+        words = ["predict", "--model", "Recognition", "--data", "Shapes"]
+        words += [f"--data.shards={shards}", f"--model.backbone.model={tiny}"]
+        words += ["--model.backbone.pretrained=null", "--trainer.accelerator=cpu"]
+        words += ["--data.num_workers=0", "--trainer.enable_progress_bar=false"]
+        return main([*words, f"--writer.output={output}", *more])
+
+    return run
+
+
+def test_another_option_leaves_no_description_of_the_old_shards_behind(tmp_path, capsys):
+    fake_coco(tmp_path / "in")
+    words = ["shards", "coco", "--source", str(tmp_path / "in"), "--workers", "1"]
+    words += ["--output", str(tmp_path / "out"), "--shard-size", "1"]
+    assert main(words) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datamodules._convert._write_shard", stop)
+        with pytest.raises(KeyboardInterrupt):
+            main([*words, "--crowd", "foreground"])
+    assert main(["shards", "verify", str(tmp_path / "out"), "--workers", "1"]) == 1
+    assert "half made (3 of 3 shards" in capsys.readouterr().err
+
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.processes
+def test_two_conversions_into_one_folder_make_one_data_set(tmp_path):
+    words = ["shards", "shapes", "--count", "60", "--shard-size", "4", "--size", "96"]
+    words += ["--workers", "1", "--output"]
+    assert main([*words, str(tmp_path / "alone")]) == 0
+    both = [
+        subprocess.Popen([sys.executable, "-m", "tasks", *words, str(tmp_path / "both")], cwd=ROOT)
+        for _ in range(2)
+    ]
+    assert [process.wait(timeout=240) for process in both] == [0, 0]
+    assert checksums(tmp_path / "both") == checksums(tmp_path / "alone")
+    assert not list((tmp_path / "both").glob("*.partial"))
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"shards": 3}', '{"shards": [{"name": 1}]}', "{"])
+def test_a_description_that_is_none_is_named(text, shards, tiny_run, tmp_path, capsys):
+    (shards / "dataset.json").write_text(text)
+    assert main(["shards", "verify", str(shards), "--workers", "1"]) == 1
+    assert "dataset.json is not valid" in capsys.readouterr().err
+    assert tiny_run(shards, tmp_path / "run") == 1
+    assert "dataset.json is not valid" in capsys.readouterr().err
+
+
+def test_verify_of_nothing_says_so(tmp_path, capsys):
+    (tmp_path / "none").mkdir()
+    assert main(["shards", "verify", str(tmp_path / "none")]) == 1
+    assert "holds no *.tar" in capsys.readouterr().err
+    (tmp_path / "none" / "dataset.json").write_text('{"dataset": "voc", "shards": []}')
+    assert main(["shards", "verify", str(tmp_path / "none")]) == 1
+    assert "holds no *.tar" in capsys.readouterr().err
+    (tmp_path / "none" / "dataset.json").unlink()
+    tarfile.open(tmp_path / "none" / "0.tar", "w").close()
+    assert main(["shards", "verify", str(tmp_path / "none"), "--workers", "1"]) == 1
+    assert "not one sample" in capsys.readouterr().err
+
+
+@pytest.mark.processes
+def test_a_world_whose_drawing_was_killed_is_drawn_to_its_end(tmp_path, tiny, tiny_run, capsys):
+    folder = tmp_path / "world"
+    fields = ["--data.scenes=150", "--data.scene_size=64", "--data.scenes_per_shard=1"]
+    words = ["predict", "--model=Recognition", "--data=Shapes", f"--data.shards={folder}", *fields]
+    words += [f"--model.backbone.model={tiny}", "--model.backbone.pretrained=null"]
+    words += [f"--writer.output={tmp_path / 'other'}"]
+    killed_after(folder, words, "000002.tar")
+    assert tiny_run(folder, tmp_path / "run") == 1  # other scenes: not those that were begun
+    assert "half made" in capsys.readouterr().err
+    assert tiny_run(folder, tmp_path / "run", *fields) == 0
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["images"] == 150
+
+
+def test_a_world_of_other_scenes_than_asked_for_is_refused(tmp_path, tiny_run, capsys):
+    words = ["shards", "shapes", "--count", "3", "--size", "64", "--seed", "4", "--workers", "1"]
+    assert main([*words, "--output", str(tmp_path / "w")]) == 0
+    for field in ("scenes=4", "seed=2026", "scene_size=96"):
+        assert tiny_run(tmp_path / "w", tmp_path / "run", f"--data.{field}") == 1
+        said = capsys.readouterr().err
+        assert "holds 3 scenes, seed 4, 64 px, not" in said
+    fields = ["--data.scenes=3", "--data.seed=4", "--data.scene_size=64"]
+    assert tiny_run(tmp_path / "w", tmp_path / "run", *fields) == 0
