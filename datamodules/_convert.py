@@ -12,11 +12,13 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 from webdataset import TarWriter
 
+from common import signals
 from common.errors import UserError
 from common.files import file_sha256
 from datamodules._dataset_json import NAME, UNFINISHED, read_dataset_json
@@ -121,8 +124,8 @@ def _write_shards(
     for name in stale:
         (output / name).unlink()
         (output / f"{name}.json").unlink(missing_ok=True)
-    for partial in output.glob("*.partial"):
-        partial.unlink()
+    for leftover in output.glob("*.partial"):
+        leftover.unlink()
     _write_missing(source, output, groups, done, workers)
     shards = [done[name] for name in sorted(done)]
     described = {
@@ -159,11 +162,12 @@ def _write_missing(
                 done[name] = _write_shard(source, output, name, group)
                 bar.update(len(group))
             return
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            futures = [
-                pool.submit(_write_shard, _without_items(source), output, name, group)
-                for name, group in todo.items()
-            ]
+        with process_pool(workers) as pool:
+            with signals.blocked():
+                futures = [
+                    pool.submit(_write_shard, _without_items(source), output, name, group)
+                    for name, group in todo.items()
+                ]
             for future in as_completed(futures):
                 facts = future.result()
                 done[facts.name] = facts
@@ -189,6 +193,13 @@ def _alone(output: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def process_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes that leave Ctrl-C to this one, if jobs are submitted within `signals.blocked`."""
+    # SIGTERM is how the pool itself ends those that are left when one of them has died.
+    begin = partial(signals.leave_to_parent, but=(signal.SIGTERM,))
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin)
 
 
 def _write_shard(source: Source, output: Path, name: str, items: Sequence[Any]) -> ShardFacts:

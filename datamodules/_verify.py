@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -13,9 +11,11 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from common import signals
 from common.errors import MissingFile
 from common.files import file_sha256
 from common.pictures import MAX_PIXELS
+from datamodules._convert import process_pool
 from datamodules._dataset_json import read_dataset_json
 from datamodules._decode import Decoder, reason_of
 from datamodules._tar import ShardError, index_shard
@@ -58,9 +58,9 @@ def verify(folder: Path, *, workers: int | None = None) -> Verified:
     with ExitStack() as stack:
         spread: Any = map
         if workers > 1:
-            context = multiprocessing.get_context("spawn")
-            spread = stack.enter_context(ProcessPoolExecutor(workers, context)).map
-        found = spread(job, files.values())
+            spread = stack.enter_context(process_pool(workers)).map
+        with signals.blocked():
+            found = spread(job, files.values())
         for count, wrong in tqdm(
             found, total=len(files), unit="shard", disable=None, file=sys.stderr
         ):

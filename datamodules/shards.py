@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from glob import escape, glob
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from braceexpand import braceexpand
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from common.errors import InvalidSetting, MissingFile
 from common.pictures import MAX_PIXELS
@@ -24,6 +25,7 @@ from datamodules._dataset_json import read_dataset_json
 from datamodules._decode import Decoder, reason_of
 from datamodules._device_decode import decode_pending, load_decoder
 from datamodules._download import Archive
+from datamodules._loader import BatchLoader
 from datamodules._remote import (
     MAX_SHARD_BYTES,
     TIMEOUT,
@@ -37,6 +39,8 @@ from datamodules._remote import (
 from datamodules._tar import TARS, Entry, ShardError, index_shard
 from datamodules._words import read_names, worded
 from datamodules.samples import Batch, DatasetInfo, Sample, SampleError, Wording
+
+_PATIENCE = 10  # times --data.timeout, in which a shard is tried again and a batch is decoded
 
 
 class ShardStream(IterableDataset[Batch]):
@@ -127,7 +131,8 @@ class ShardDataModule(LightningDataModule):
             the end of a shard; of 1,000 if fewer were seen.
         max_pixels: pictures with more pixels are bad samples; they are not unpacked.
         timeout: seconds without a byte after which a shard that is being fetched is tried again, and
-            at last given up.
+            at last given up; a run whose loader workers bring neither a byte nor a batch for ten
+            times as long ends.
         max_shard_bytes: larger shards are not fetched or unpacked into the temporary folder.
         allow_pipe: accept ``pipe:`` shards, which run a shell command.
         part: number, from 0, of the part of the shards that this run does, for jobs which know nothing
@@ -199,6 +204,7 @@ class ShardDataModule(LightningDataModule):
         self.parts = parts
         self.finished: frozenset[str] = frozenset()
         self._folders: dict[Path, dict[str, dict[str, Any]]] = {}
+        self._loader: BatchLoader | None = None
         self._spool_folder: SpoolFolder | None = None
 
     def settings(self) -> dict[str, Any]:
@@ -278,7 +284,7 @@ class ShardDataModule(LightningDataModule):
         """Batches of this rank's shards, for Lightning."""
         return Loaders(self.loader(), "sequential")
 
-    def loader(self) -> DataLoader[Batch]:
+    def loader(self) -> BatchLoader:
         """Batches of this rank's shards."""
         shards = self.share()
         workers = self._workers()
@@ -296,14 +302,17 @@ class ShardDataModule(LightningDataModule):
             defer=self.decoder != "pillow",
         )
         device = self._device().type
-        return DataLoader(
+        names = [name for name, _ in shards]
+        self._loader = BatchLoader(
             self.stream(shards, decoder, spool),
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            worker_init_fn=_give_way if device == "cpu" else None,
+            workers,
+            timeout=_PATIENCE * self.timeout,
+            give_way=device == "cpu",
             pin_memory=device == "cuda",
+            expected=partial(_expected, names),
+            moving=partial(_sizes, folder),
         )
+        return self._loader
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Decode on the model's device what the workers left to it."""
@@ -316,6 +325,11 @@ class ShardDataModule(LightningDataModule):
     def lacking(self, need: str) -> str:
         """What to do about data without what a task needs, such as ``classes``; may be empty."""
         return ""
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the loader workers: nobody will ask for what they are making."""
+        if self._loader:
+            self._loader.close()
 
     def teardown(self, stage: str) -> None:
         """Remove fetched shards."""
@@ -368,14 +382,25 @@ class Loaders(CombinedLoader):
         return sys.maxsize  # only its being there is looked at
 
 
-def _give_way(worker: int) -> None:
-    """Leave the cores to the model where both want them: its threads wait for the slowest one."""
-    if hasattr(os, "nice"):
-        os.nice(10)
+def _expected(names: list[str], last: Batch | None) -> str:
+    """What follows a batch, in words."""
+    if last is None:
+        return f"the first batch of shard {names[0]}" if names else "the end of an empty share"
+    if not last.last:
+        return f"the batch from sample {last.end} on of shard {last.shard}"
+    following = names[names.index(last.shard) + 1 :]
+    return f"the first batch of shard {following[0]}" if following else "the loader to finish"
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch  # torch's default would turn the batch's tuples into lists
+def _sizes(folder: str) -> list[tuple[str, int]]:
+    """The files of a spool folder and their sizes: they grow while shards arrive."""
+    if not folder:
+        return []
+    found = []
+    for entry in os.scandir(folder):
+        with suppress(OSError):  # it was read meanwhile
+            found.append((entry.name, entry.stat().st_size))
+    return sorted(found)
 
 
 def _has_affinity() -> bool:

@@ -16,6 +16,8 @@ import signal  # noqa: E402
 from importlib import import_module  # noqa: E402
 from importlib.metadata import entry_points, version  # noqa: E402
 
+from common import signals  # noqa: E402
+
 COMMANDS = {
     "predict": "run a task over shards: masks, scores and metrics",
     "shards": "turn a data set's official layout into shards",
@@ -25,9 +27,17 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the ``lightning`` script and of ``python -m tasks``; returns the exit code."""
+    """Entry point of the ``lightning`` script and of ``python -m tasks``; returns the exit code.
+
+    Only without ``argv`` are the process's signals heeded; a program that calls this keeps its own.
+    """
+    own_process = argv is None
+    if own_process:
+        signals.attend_first()
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        code = run(sys.argv[1:] if argv is None else argv)
+        with signals.listening(f"lightning {' '.join(argv[:1])}".rstrip(), install=own_process):
+            code = run(argv)
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read this has seen enough (`lightning list configs | head`). Python would complain

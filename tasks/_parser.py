@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -29,6 +28,7 @@ from tasks._configs import (
     read_layers,
 )
 from tasks._progress import ImageProgress
+from tasks._ranks import Ranks, environment
 from tasks.base import Task
 from tasks.run.callback import ResultWriter
 
@@ -50,12 +50,16 @@ class Predict(LightningCLI):
     Args:
         layers: what configs set; later ones win.
         words: fields on a command line (``--data.batch_size 4``); they win over all layers.
+        ranks: starts the processes of further devices; Lightning does without.
     """
 
     writer: ResultWriter
 
-    def __init__(self, layers: Sequence[Layer], words: Sequence[str] = ()) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], words: Sequence[str] = (), ranks: Ranks | None = None
+    ) -> None:
         self.layers = layers
+        self.ranks = ranks
         wants_help = {"-h", "--help"}.intersection(words)
         self.classes: dict[str, type] = {}
         for section, base in (("model", Task), ("data", ShardDataModule)):
@@ -140,9 +144,8 @@ class Predict(LightningCLI):
         # Under SLURM, Lightning would load a checkpoint that a training left in this folder.
         if self.config.trainer.default_root_dir is None:
             kwargs["default_root_dir"] = str(self.writer.output)
-        if SLURMEnvironment.detect() and not self.config.trainer.plugins:
-            # Else SIGUSR1 would save such a checkpoint; our batch scripts put the job back.
-            kwargs["plugins"] = [SLURMEnvironment(auto_requeue=False)]
+        if not self.config.trainer.plugins:
+            kwargs["plugins"] = [environment(self.ranks)]
         if self.config.trainer.enable_progress_bar is not False:
             theirs = self._get(self.config_init, "trainer").get("callbacks") or []
             kwargs["callbacks"] = [

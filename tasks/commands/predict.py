@@ -5,20 +5,18 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import signal
 import sys
 import warnings
 from contextlib import suppress
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import ParallelStrategy
 
+from common import signals
 from common.errors import UserError
 from tasks._configs import InvalidConfig
 from tasks._parser import Predict, read_words
-from tasks.run import Stopped
+from tasks._ranks import Ranks
 from tasks.run.terminal import print_report
 
 
@@ -32,29 +30,32 @@ def main(argv: list[str]) -> int:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", ".*persistent_workers.*")
+    warnings.filterwarnings("ignore", ".*`srun` command is available.*")
     warnings.filterwarnings("ignore", ".*Couldn't infer the batch indices.*")
+    ranks = Ranks(["predict", *argv])
     try:
-        cli = Predict(*read_words(argv))
+        cli = Predict(*read_words(argv), ranks)
+        ranks.start(cli.trainer)
         cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
-    except Stopped as error:
-        print(f"lightning predict: {error}", file=sys.stderr)
+    except (signals.Stopped, Exception) as raised:
+        error = signals.reason() or raised  # a stop wins over what it causes
         leave_group()
-        # Lightning kills the process that it was started in when one that it launched fails; that
-        # one may have a batch to end, and says itself that it was stopped.
-        launched = isinstance(cli.trainer.strategy, ParallelStrategy) and isinstance(
-            cli.trainer.strategy.cluster_environment, LightningEnvironment
-        )
-        return 0 if launched and cli.trainer.local_rank > 0 else 128 + signal.SIGTERM
-    except InvalidConfig as error:
-        print(f"lightning predict: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:
+        ranks.break_off()
+        if isinstance(error, signals.Stopped):
+            if signals.speaks():
+                kept = "finished shards are kept, run again to go on"
+                print(f"lightning predict: {error}; {kept}", file=sys.stderr)
+            return error.code
+        if isinstance(error, InvalidConfig):
+            print(f"lightning predict: {error}", file=sys.stderr)
+            return 2
         hint = explain(error)
         if hint is None or os.environ.get("CLIP_SURGERY_TRACEBACK"):
             raise
         print(f"lightning predict: {hint}", file=sys.stderr)
         return 1
     leave_group()
+    ranks.end()
     if cli.trainer.is_global_zero:
         print_report(cli.writer.run, cli.writer.tally)
         if failure := cli.writer.tally.verdict():
@@ -70,14 +71,13 @@ def leave_group() -> None:
             dist.destroy_process_group()
 
 
-def explain(error: Exception) -> str | None:
+def explain(error: BaseException) -> str | None:
     """What a user should know of an error, and do; None for one that is our own fault."""
     again = "Finished shards are kept: run the same command again to go on"
     if isinstance(error, UserError | FileNotFoundError):
         return f"{error}"
     if isinstance(error, ConnectionError | EOFError):
-        # Where a loader worker is killed while it hands over a batch.
-        return f"a loader worker or another process of the run died ({error!r}). {again}"
+        return f"another process of the run died ({error!r}). {again}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full ({error}). Make room. {again}"
     if isinstance(error, OSError):
@@ -90,9 +90,4 @@ def explain(error: Exception) -> str | None:
         )
     if isinstance(error, torch.OutOfMemoryError):
         return f"one image doesn't fit the GPU's memory: a smaller --data.image_size may. {again}"
-    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-        return (
-            f"a loader worker died, often for lack of memory ({str(error).splitlines()[0]}). Fewer "
-            f"--data.num_workers need less. {again}"
-        )
     return None

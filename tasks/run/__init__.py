@@ -1,6 +1,6 @@
 """A run's folder: what it is a run of, what is finished, its results; without Lightning or weights."""
 
-from tasks.run.errors import RunError, Stopped
+from tasks.run.errors import RunError
 from tasks.run.folder import Run
 from tasks.run.results import (
     Facts,
@@ -24,7 +24,6 @@ __all__ = [
     "RunError",
     "Scores",
     "Similarities",
-    "Stopped",
     "StoredImage",
     "Tokens",
 ]

@@ -15,11 +15,12 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from common import signals
 from datamodules.samples import Batch
 from tasks._processes import Processes
 from tasks.base import Task
 from tasks.run.background import Background
-from tasks.run.errors import RunError, Stopped
+from tasks.run.errors import RunError
 from tasks.run.folder import Run
 from tasks.run.results import ImageResult
 from tasks.run.shard import OutputShard, ShardRecord, find_shard, load_states
@@ -116,7 +117,7 @@ class ResultWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Now that the weights are known: check them too, and begin."""
-        self._processes.listen(trainer)
+        signals.only_note()  # from now on there are shards to finish or to drop
         if trainer.is_global_zero:
             backbone = _task(pl_module).backbone
             weights = backbone.checkpoint
@@ -146,12 +147,7 @@ class ResultWriter(BasePredictionWriter):
             self._lose(batch)
         else:
             self._write(task, prediction, batch)
-        # A shard that is whole is published before the run stops.
-        signal = self._processes.asked_to_stop or ("SIGTERM" if trainer.received_sigterm else "")
-        if signal:
-            raise Stopped(
-                f"stopped by {signal}; finished shards are kept in {self.output}, run again to go on"
-            )
+        signals.check()  # after a shard that is whole has been published
         if batch.last and (reason := self.tally.too_much()):
             if trainer.is_global_zero:
                 self.run.summarise(task.new_measures())

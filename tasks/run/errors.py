@@ -5,7 +5,3 @@ from common.errors import UserError
 
 class RunError(UserError):
     """The run can't go on; the message says why and what to do."""
-
-
-class Stopped(RunError):
-    """The run was asked to stop; it can go on later."""

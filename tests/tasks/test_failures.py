@@ -1,5 +1,6 @@
 """Failures of machines and of data, each provoked; a restart completes the run, with the same files."""
 
+import contextlib
 import errno
 import functools
 import gzip
@@ -15,7 +16,7 @@ import tarfile
 import threading
 import time
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_a_loader_worker_that_is_killed(finished, command, monkeypatch, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(Decoder, "__call__", die)
         assert main(command(run, "--data.num_workers=2")) == 1
-    assert "loader worker died" in capsys.readouterr().err
+    assert "a loader worker was killed" in capsys.readouterr().err
     assert not (run / "000002.tar").exists()
     assert main(command(run)) == 0
     assert same_results(finished, run)
@@ -253,18 +254,95 @@ def test_nothing_a_stranger_put_in_a_shard_runs_or_writes_outside(scenes, predic
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_drops_the_shard_under_way(finished, command, number, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "ranks", "everybody"),
+    [
+        (signal.SIGTERM, 1, True),
+        (signal.SIGINT, 2, True),
+        (signal.SIGUSR1, 2, False),
+        (signal.SIGHUP, 1, False),
+    ],
+)
+def test_a_signal_stops_a_run(number, ranks, everybody, finished, command, tmp_path):
     run = tmp_path / "run"
-    words = command(run, "--data.batch_size=4")
-    process = subprocess.Popen([sys.executable, "-m", "tasks", *words], env=slowly())
+    process = start(command(run, "--data.num_workers=2", *devices(ranks)))
     wait_for(run, process)
-    process.send_signal(number)
-    assert process.wait(60) == 128 + signal.SIGTERM
+    (os.killpg if everybody else os.kill)(process.pid, number)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == (130 if number == signal.SIGINT else 143)
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    assert told.count(f"lightning predict: stopped by {name}") == 1
+    assert "Traceback" not in told
+    assert "run again to go on" in told
+    assert not alive(process.pid)
     assert not list(run.glob(".*"))
     assert len(list(run.glob("*.tar"))) < 4
     assert main(command(run)) == 0
     assert same_results(finished, run)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("ranks", "later"), [(1, 0), (2, 2)])
+def test_a_signal_during_the_start(ranks, later, command, tmp_path):
+    process = start(command(tmp_path / "run", "--data.num_workers=2", *devices(ranks)))
+    while not heeds(process, signal.SIGINT):
+        assert process.poll() is None
+    time.sleep(later)  # importing, or loading, or waiting for the other: the same must come of it
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "lightning predict: stopped by Ctrl-C" in told
+    assert "Traceback" not in told
+    assert not alive(process.pid)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "words", ["shards shapes --count 4000 --shard-size 100 --output", "shards verify"]
+)
+def test_ctrl_c_for_other_commands(words, scenes, tmp_path):
+    folder = tmp_path / "shards"
+    if "verify" in words:
+        folder.mkdir()
+        for number in range(400):
+            shutil.copy(scenes / "000000.tar", folder / f"{number:06d}.tar")
+    process = start([*words.split(), str(folder), "--workers", "2"])
+    while len(alive(process.pid)) < 3:  # itself and its workers
+        assert process.poll() is None
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "lightning shards: stopped by Ctrl-C" in told
+    assert "Traceback" not in told
+    while alive(process.pid):
+        time.sleep(0.05)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("later", [0, 0.5, 3])
+def test_the_others_end_when_the_first_rank_is_killed_during_its_start(later, command, tmp_path):
+    process = start(command(tmp_path / "run", *devices(2)))
+    while len(alive(process.pid)) < 2:
+        assert process.poll() is None
+    time.sleep(later)
+    process.kill()
+    process.communicate(timeout=120)
+    while alive(process.pid):
+        time.sleep(0.05)
+
+
+@pytest.mark.processes
+def test_a_rank_that_is_killed_ends_the_run_with_a_message(command, tmp_path):
+    run = tmp_path / "run"
+    process = start(command(run, "--data.num_workers=0", *devices(2)))
+    wait_for(run, process)
+    (other,) = alive(process.pid) - {process.pid}
+    os.kill(other, signal.SIGKILL)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "process 1 of the run died of SIGKILL" in told
+    assert "Traceback" not in told
 
 
 @pytest.mark.processes
@@ -323,12 +401,48 @@ def test_jobs_that_know_nothing_of_each_other(finished, predict, tmp_path):
     assert same_results(finished, run)
 
 
+def devices(ranks: int) -> list[str]:
+    return [f"--trainer.devices={ranks}", "--trainer.strategy=ddp"] if ranks > 1 else []
+
+
+def start(words: list[str], env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """A command as the first process of a group of its own, as a shell starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tasks", *words],
+        env=env or slowly(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Programs in the background of a script ignore it, and so would this one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def alive(group: int) -> set[int]:
+    """The living processes of a group."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            state, _, its = path.read_text().rsplit(")", 1)[1].split()[:3]
+            if int(its) == group and state != "Z":
+                found.add(int(path.parent.name))
+    return found
+
+
+def heeds(process: subprocess.Popen[str], number: int) -> bool:
+    """Whether a process has a handler of its own for a signal; Python's is there from the start."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    caught = int(status.split("SigCgt:")[1].split()[0], 16)
+    return bool(caught >> (signal.SIGUSR1 - 1) & 1) and bool(caught >> (number - 1) & 1)
+
+
 def slowly() -> dict[str, str]:
     """An environment in which every batch takes at least half a second."""
     return {**one_thread(), "PYTHONPATH": str(Path(__file__).parent / "slow")}
 
 
-def wait_for(run: Path, process: subprocess.Popen[bytes]) -> None:
+def wait_for(run: Path, process: subprocess.Popen[Any]) -> None:
     """Until the first output shard is there."""
     for _ in range(1200):
         if list(run.glob("*.tar")):
