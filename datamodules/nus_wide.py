@@ -17,7 +17,7 @@ from datamodules._convert import (
     image_size,
     json_bytes,
 )
-from datamodules.samples import DatasetInfo
+from datamodules.samples import DatasetInfo, Wording
 from datamodules.shards import ShardDataModule
 
 CLASSES = (
@@ -114,7 +114,6 @@ READABLE = {
 INFO = DatasetInfo(
     name="nus_wide",
     classes=CLASSES,
-    prompts=tuple(READABLE.get(name, name) for name in CLASSES),
     labels="positives",
 )
 Item = tuple[str, str, tuple[int, ...]]
@@ -126,10 +125,14 @@ class NUSWide(ShardDataModule):
 
     The paper recognises the concepts of the test images. Many of these are gone from Flickr: what is
     missing is left out, counted and listed in ``dataset.json``, and metrics stand over the images that
-    there are. ``synonyms raw`` uses the concepts' official spelling ("nighttime").
+    there are. The words are the official ones; ``synonyms readable`` has friendlier ones ("night time",
+    "people dancing").
     """
 
     info = INFO
+    wordings: ClassVar = {
+        "readable": Wording(tuple((READABLE.get(name, name),) for name in CLASSES))
+    }
     registration: ClassVar[str] = (
         "ask the authors for the images (lms.comp.nus.edu.sg/research/NUS-WIDE.htm), then unpack them "
         "beside ImageList and Groundtruth"

@@ -18,7 +18,7 @@ from datamodules._convert import (
 )
 from datamodules._download import Archive
 from datamodules._tar import BadSample
-from datamodules.samples import DatasetInfo, colour_table
+from datamodules.samples import DatasetInfo, Wording, colour_table
 from datamodules.shards import ShardDataModule
 
 CLASSES = (
@@ -82,11 +82,16 @@ CLASSES = (
     "window",
     "wood",
 )
-READABLE = {"pottedplant": "potted plant", "tvmonitor": "tv monitor"}
+SPACED = {"pottedplant": "potted plant", "tvmonitor": "tv monitor"}
+"""The official names, where they join words."""
+
+READABLE = {"aeroplane": "airplane"}
+"""As in the list of the paper's released demo."""
+
 INFO = DatasetInfo(
     name="pascal_context",
     classes=CLASSES,
-    prompts=tuple(READABLE.get(name, name) for name in CLASSES),
+    prompts=tuple(SPACED.get(name, name) for name in CLASSES),
     palette=colour_table(len(CLASSES) + 1)[1:],
 )
 
@@ -96,10 +101,12 @@ class PascalContext(ShardDataModule):
 
     The paper uses the 5,105 images of ``val`` (5,104 in the common conversion): 224 x 224 for
     explainability, 512 x 512 for segmentation. As a segmentation set it is Context59, which leaves
-    the background out, or with ``background`` Context60.
+    the background out, or with ``background`` Context60. ``synonyms readable`` says "airplane" for
+    the official "aeroplane".
     """
 
     info = INFO
+    wordings: ClassVar = {"readable": Wording(tuple((READABLE.get(p, p),) for p in INFO.prompts))}
     archives: ClassVar = (
         Archive(
             "http://host.robots.ox.ac.uk/pascal/VOC/voc2010/VOCtrainval_03-May-2010.tar",

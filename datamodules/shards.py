@@ -121,9 +121,9 @@ class ShardDataModule(LightningDataModule):
             nvJPEG's colours differ besides. Needs the extra ``gpu-decode``.
         names: words to use for the classes instead of the data set's own, in the same order: a list,
             or a text file with one a line.
-        synonyms: the wording of the classes: ``none`` (one readable wording a class), ``raw`` (the
-            official names as they are spelled), or that of a published evaluation, where the data set
-            knows it.
+        synonyms: the wording of the classes: ``none`` (the official names, where need be with joined
+            words apart), ``raw`` (as they are spelled), ``readable`` (friendlier words), or that of a
+            published evaluation, where the data set knows it.
         background: whether the background is a class of its own in segmentation; by default as
             usual for the data set.
         on_error: ``skip`` lists a bad sample in ``errors.jsonl`` and goes on, ``raise`` stops.

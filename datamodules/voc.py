@@ -33,11 +33,14 @@ CLASSES = (
     "train",
     "tvmonitor",
 )
-READABLE = {
+SPACED = {
     "diningtable": "dining table",
     "pottedplant": "potted plant",
     "tvmonitor": "tv monitor",
 }
+"""The official names, where they join words."""
+
+READABLE = {"aeroplane": "airplane"}
 BACKGROUND = (
     "sky",
     "wall",
@@ -76,7 +79,7 @@ SCLIP = {**RENAMED, "person": PERSON, "tvmonitor": TV}
 INFO = DatasetInfo(
     name="voc",
     classes=CLASSES,
-    prompts=tuple(READABLE.get(name, name) for name in CLASSES),
+    prompts=tuple(SPACED.get(name, name) for name in CLASSES),
     palette=colour_table(len(CLASSES) + 1)[1:],
     background=True,
 )
@@ -87,11 +90,13 @@ class VOC(ShardDataModule):
 
     The paper evaluates explainability on the 1,449 images of ``val`` at 224 x 224 (Table 1). As a
     segmentation set it is VOC20, which leaves the background out, or with ``background`` VOC21.
+    ``synonyms readable`` says "airplane" for the official "aeroplane".
     """
 
     info = INFO
     wordings: ClassVar = {
         "sclip": Wording(tuple(SCLIP.get(name, (name,)) for name in CLASSES), BACKGROUND),
+        "readable": Wording(tuple((READABLE.get(p, p),) for p in INFO.prompts)),
         "proxyclip": Wording(tuple(RENAMED.get(name, (name,)) for name in CLASSES), BACKGROUND),
     }
     archives: ClassVar = (

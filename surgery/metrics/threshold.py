@@ -13,10 +13,11 @@ class ThresholdIoU(Metric):
     """IoU of each positive label by itself, for all thresholds in one pass.
 
     A map is foreground where it is >= t. Its values are counted in a histogram, so the cost does not
-    depend on the number of thresholds. The paper names a "grid search" for t: here one t serves the
-    whole data set, the one that gives the best mean over classes. IoU of a class is the sum of its
-    intersections over the sum of its unions (``compute``); the mean of the IoUs of its images is kept
-    too (``compute_per_image``), since the paper does not say which it means.
+    depend on the number of thresholds. The paper does not state t (the first version of its
+    preprint: by grid search): here one t serves the whole data set, the one that gives the best mean
+    over classes. IoU of a class is the sum of its intersections over the sum of its unions
+    (``compute``); the mean of the IoUs of its images is kept too (``compute_per_image``), since the
+    paper does not say which it means.
 
     Args:
         num_classes: number of classes K.

@@ -134,7 +134,9 @@ def test_names_colours_and_words_fit(name, tmp_path):
     assert len(info.palette) == len(info.classes)
     for wording in cls.wordings:
         data = cls(shards=str(tmp_path), synonyms=wording, background=info.background or None)
-        assert len(data.info.synonyms) == len(info.classes) + bool(data.info.background_words)
+        assert len(data.info.prompts) == len(info.classes)
+        words = len(info.classes) + bool(data.info.background_words)
+        assert len(data.info.synonyms) in (0, words)
     assert cls(shards=str(tmp_path), synonyms="raw").info.prompts == info.classes
 
 
@@ -153,3 +155,18 @@ def test_background_leads_the_synonyms():
         datamodules.Cityscapes("shards", background=True)
     with pytest.raises(ValueError, match="none, raw, official"):
         datamodules.ADE20K("shards", synonyms="sclip")
+
+
+@pytest.mark.parametrize(
+    ("name", "official", "readable"),
+    [
+        ("voc", "aeroplane", "airplane"),
+        ("pascal_context", "aeroplane", "airplane"),
+        ("nus_wide", "nighttime", "night time"),
+    ],
+)
+def test_official_words_by_default_and_friendlier_ones_by_name(name, official, readable):
+    cls = getattr(datamodules, DATASETS[name])
+    index = cls.info.classes.index(official)
+    assert cls("shards").info.prompts[index] == official
+    assert cls("shards", synonyms="readable").info.prompts[index] == readable
