@@ -6,6 +6,7 @@ Only here are open_clip's registries read; nothing is ever written into them.
 import difflib
 import json
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,7 @@ DEMO = "demo"
 _DEMO_FOLDER = Path(__file__).parent / "demo_clip"
 _RANDOM_SEED = 0
 _RESNET_STRIDE = 32
+_SILENCE = 5.0  # seconds of a download until it is spoken of
 
 
 @dataclass(frozen=True)
@@ -241,13 +243,27 @@ class DownloadFailed(UserError, RuntimeError):
 
 
 def _download(what: str, fetch: Callable[[], Any]) -> str:
+    """Path of what ``fetch`` finds in the hub's cache or downloads.
+
+    Raises:
+        DownloadFailed: says what can be done without a connection.
+    """
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # it tells of every one of its many attempts
+    alive = threading.Timer(_SILENCE, log.info, ["still downloading %s (or trying to)", what])
+    alive.daemon = True
+    alive.start()
     try:
         return str(fetch())
     except Exception as error:  # open_clip and its hub client raise many kinds
         raise DownloadFailed(
             f"downloading {what} failed ({type(error).__name__}: {error}). Without a connection, "
             "give the path of a weights file as `pretrained` (.safetensors, or .pt)."
-        ) from error
+        ) from None
+    finally:
+        alive.cancel()
+        hub.setLevel(level)
 
 
 def _unknown_weights(model: str, pretrained: str) -> CheckpointError:

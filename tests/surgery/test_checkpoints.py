@@ -1,5 +1,6 @@
 """Weights in every format, and files that are refused."""
 
+import logging
 import os
 import pickle
 import re
@@ -277,15 +278,20 @@ def test_towers_without_support_name_those_with(model, what):
         load_backbone(model)
 
 
-def test_download_that_fails(monkeypatch):
+def test_download_that_fails_says_so_once(monkeypatch, caplog):
     import open_clip
 
     def fail(*_):
+        logging.getLogger("huggingface_hub.utils").warning("Retrying in 1s")
         raise OSError("no route to host")
 
     monkeypatch.setattr(open_clip, "download_pretrained", fail)
-    with pytest.raises(RuntimeError, match=r"downloading 'openai' weights of RN50 failed.*path"):
+    with pytest.raises(
+        RuntimeError, match=r"downloading 'openai' weights of RN50 failed.*path"
+    ) as e:
         load_backbone("RN50", "openai")
+    assert e.value.__suppress_context__  # one traceback, not the hub client's before it
+    assert not caplog.records
 
 
 def test_config_that_is_none(tmp_path):

@@ -1,11 +1,14 @@
 """The command line: what a newcomer types first, and what they mistype."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
 from importlib.metadata import entry_points
 
+import open_clip
+import PIL.Image
 import pytest
 import yaml
 
@@ -294,6 +297,21 @@ def test_a_reader_that_leaves_early_sees_no_traceback(words):
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert done.stderr == ""
+
+
+def test_a_hub_that_cannot_be_reached_is_told_in_a_sentence(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        logging.getLogger("huggingface_hub.utils").warning("Retrying in 1s")
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(open_clip, "download_pretrained", fail)
+    PIL.Image.new("RGB", (32, 32)).save(tmp_path / "cat.jpg")
+    words = [f"--data.path={tmp_path}", "--data.names=[cat]", f"--writer.output={tmp_path / 'run'}"]
+    words += ["--data.num_workers=0", "--trainer.accelerator=cpu"]
+    assert main(["predict", "--config", "images", *words]) == 1
+    message = capsys.readouterr().err
+    assert "Without a connection, give the path of a weights file" in message
+    assert len(message.splitlines()) == 1
 
 
 def test_missing_shards_say_what_to_do(capsys):
