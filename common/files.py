@@ -6,17 +6,21 @@ import csv
 import hashlib
 import io
 import math
-import os
+import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write a file that is either the old or the new one at any moment."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(data.encode() if isinstance(data, str) else data)
-    partial.replace(path)
+    """Write a file that is either the old or the new one at any moment, whoever else writes it too."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        partial.write_bytes(data.encode() if isinstance(data, str) else data)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def file_sha256(path: str | Path) -> str:

@@ -30,7 +30,7 @@ from webdataset import TarWriter
 
 from common import signals
 from common.errors import UserError
-from common.files import file_sha256
+from common.files import file_sha256, write_atomically
 from datamodules._dataset_json import NAME, UNFINISHED, read_dataset_json
 from datamodules._decode import read_index_png
 from datamodules._tar import BadSample
@@ -120,7 +120,7 @@ def _write_shards(
     if stale or len(done) < len(groups):
         unfinished = {"samples": len(source.items), "shards": len(groups)}
         about = {"dataset": source.info.name, "split": source.split, UNFINISHED: unfinished}
-        _publish(output / NAME, json.dumps(about, indent=1).encode())
+        write_atomically(output / NAME, json.dumps(about, indent=1))
     for name in stale:
         (output / name).unlink()
         (output / f"{name}.json").unlink(missing_ok=True)
@@ -141,7 +141,7 @@ def _write_shards(
         "shards": [{k: v for k, v in asdict(s).items() if k != "bad"} for s in shards],
         "bad": [list(b) for b in (*source.bad, *(b for s in shards for b in s.bad))],
     }
-    _publish(output / NAME, json.dumps(described, indent=1).encode())
+    write_atomically(output / NAME, json.dumps(described, indent=1))
     return described
 
 
@@ -221,7 +221,7 @@ def _write_shard(source: Source, output: Path, name: str, items: Sequence[Any]) 
         file.flush()
         os.fsync(file.fileno())
     facts = ShardFacts(name, samples, file_sha256(partial), _identity(source, items), tuple(bad))
-    _publish(output / f"{name}.json", json.dumps(asdict(facts)).encode())
+    write_atomically(output / f"{name}.json", json.dumps(asdict(facts)))
     partial.replace(output / name)
     return facts
 
@@ -250,12 +250,6 @@ def _item_key(item: Any) -> str:
 def _without_items(source: Source) -> Source:
     # each worker gets its shard's items; sending it all of them would cost more than the work
     return Source(source.info, source.split, (), source.read, extra=source.extra)
-
-
-def _publish(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
 
 
 def sample_members(info: DatasetInfo, image_id: str, image: Path, label: np.ndarray) -> Members:

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.files import write_atomically
 from surgery.backbone import Backbone
 
 log = logging.getLogger(__name__)
@@ -239,13 +239,6 @@ def _write(path: Path, features: Tensor) -> None:
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(save({"features": features.contiguous()}))
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_atomically(path, save({"features": features.contiguous()}))
     except OSError as error:
         log.warning("prompt features are not cached in %s: %s", path.parent, error)

@@ -283,12 +283,10 @@ class Run:
         before = _read_marker(self.folder)
         old, new = flatten(before["identity"]), flatten(self.settings)
         changes = [
-            f"  {key}: {old.get(key)!r} there, {new[key]!r} now"[:300]
-            for key in new
-            if old.get(key) != new[key]
+            _difference(key, old.get(key), new[key]) for key in new if old.get(key) != new[key]
         ]
         if changes:
-            lines = "\n".join(changes)
+            lines = "\n".join(f"  {line}" for line in changes)
             raise RunError(f"{self.folder} holds another run's results:\n{lines}\n{_ANEW}")
         if not of_shards:
             return
@@ -349,6 +347,25 @@ def _put_back(folder: Path) -> None:
         for path in list((folder / _ASIDE).iterdir()):
             path.rename(folder / path.name)
         (folder / _ASIDE).rmdir()
+
+
+def _difference(key: str, old: Any, new: Any) -> str:
+    """What has changed of the identity, in words; where there is an option, by its name."""
+    if key in _WORDS:
+        return _WORDS[key]
+    part, _, name = key.partition(".")
+    option = f"--{_OPTIONS[part]}.{name}" if part in _OPTIONS else key
+    return f"{option}: {old!r} there, {new!r} now"[:300]
+
+
+_OPTIONS = {"task": "model", "data": "data", "writer": "writer"}
+_WORDS = {
+    "weights": "the weights are others",
+    "texts": "the features in the file of --model.text_features are others",
+    "data.shards": "--data.shards are others",
+    "data.prompts": "the words of the classes are others",
+    "data.synonyms": "the words of the classes are others",
+}
 
 
 def _tuples(value: Any) -> Any:

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from datamodules.samples import SampleError
 from tasks.__main__ import main
+from tasks.run.tolerance import Tally
 from tests.tasks.conftest import members, same_results
 
 
@@ -66,7 +68,7 @@ def test_compiling_is_for_images_of_one_size(command, tmp_path, capsys):
 def test_another_setting_is_refused_until_told_otherwise(finished, command, tmp_path, capsys):
     run = shutil.copytree(finished, tmp_path / "run")
     assert main(command(run, "--model.threshold=0.4")) == 1
-    assert "task.threshold: 0.5 there, 0.4 now" in capsys.readouterr().err
+    assert "--model.threshold: 0.5 there, 0.4 now" in capsys.readouterr().err
     assert same_results(finished, run)
     assert main(command(run, "--model.threshold=0.4", "--writer.overwrite=true")) == 0
     assert not same_results(finished, run)
@@ -82,7 +84,7 @@ def test_other_weights_are_refused(finished, command, tiny, tmp_path, capsys):
     described["identity"]["task"]["backbone"]["model"] = str(other)
     (run / "run.json").write_text(json.dumps(described))
     assert main(command(run, f"--model.backbone.model={other}")) == 1
-    assert "weights:" in capsys.readouterr().err
+    assert "the weights are others" in capsys.readouterr().err
 
 
 def test_other_content_under_the_same_names_is_refused(finished, scenes, command, tmp_path, capsys):
@@ -173,6 +175,68 @@ def test_a_bad_sample_can_stop_the_run(scenes, command, tmp_path, capsys):
     assert main(command(run, f"--data.shards={folder}", "--data.on_error=raise")) == 1
     assert "00000001" in capsys.readouterr().err
     assert not list(run.glob("*.tar"))
+
+
+def test_what_is_allowed_is_said_with_the_reasons(scenes, predict, tmp_path, capsys):
+    folder = with_broken_sample(scenes, tmp_path / "shards")
+    predict(tmp_path / "run", f"--data.shards={folder}")
+    shown = capsys.readouterr().out
+    assert "19 images, 1 errors" in shown
+    assert "000000/00000001: " in shown
+    assert "allowed by --data.max_error_rate 0.01: 10 bad samples (the share of 1,000" in shown
+
+
+def test_nothing_but_a_bad_picture_is_no_success(scenes, command, tmp_path, capsys):
+    (tmp_path / "cat.jpg").write_bytes(b"not a picture")
+    words = command(tmp_path / "run", f"--data.path={tmp_path / 'cat.jpg'}", "--data.names=[cat]")
+    at = words.index("Shapes")
+    words = [*words[:at], "Images", *(w for w in words[at + 1 :] if "--data.shards" not in w)]
+    assert main(words) == 1
+    shown = capsys.readouterr()
+    assert "none of the 1 samples could be used" in shown.err
+    assert "cat: " in shown.out
+
+
+@pytest.mark.parametrize(("rate", "code"), [(0.01, 1), (0.5, 1), (0.75, 0)])
+def test_lost_shards_count_as_shards(scenes, command, tmp_path, capsys, rate, code):
+    folder = shutil.copytree(scenes, tmp_path / "shards")
+    for name in ("000000", "000001", "000002"):
+        (folder / f"{name}.tar").write_bytes(b"no tar")
+    (folder / "dataset.json").unlink()
+    words = command(tmp_path / "run", f"--data.shards={folder}", f"--data.max_error_rate={rate}")
+    assert main(words) == code
+    shown = capsys.readouterr()
+    assert "2 images, 3 errors" in shown.out
+    assert "1 of 4 shards" in shown.out
+    assert ("3 of 4 shards are missing" in shown.err) == bool(code)
+    assert ("3 missing shards" in shown.out) == (not code)
+
+
+def test_a_part_answers_for_its_own_shards(scenes, command, tmp_path):
+    folder = shutil.copytree(scenes, tmp_path / "shards")
+    (folder / "000001.tar").write_bytes(b"no tar")
+    codes = [
+        main(
+            command(
+                tmp_path / "run", f"--data.shards={folder}", f"--data.part={i}", "--data.parts=2"
+            )
+        )
+        for i in range(2)
+    ]
+    assert codes == [0, 1]
+
+
+def test_many_lost_shards_stop_a_run_at_once():
+    tally = Tally(0.01, 5000)
+    for i in range(51):
+        assert not tally.too_much()
+        tally.lose(SampleError(f"{i:06d}", "", "no route to host"))
+    assert "51 of 5000 shards can't be read" in tally.too_much()
+    assert "no route to host" in tally.too_much()
+    few = Tally(0.01, 4)
+    few.lose(SampleError("000000", "", "no route to host"))
+    assert not few.too_much()  # the others are done first
+    assert "1 of 4 shards are missing" in few.verdict()
 
 
 def test_too_many_bad_samples_stop_the_run(scenes, command, tmp_path, capsys):
