@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from common import signals
 from datamodules.samples import DatasetInfo, SampleError
 from tasks import Run
 from tasks.__main__ import main
@@ -332,13 +334,13 @@ def test_a_stop_in_the_last_batch_of_a_shard_publishes_it_first(
     run = tmp_path / "run"
     write = callback.ResultWriter._write
 
-    def stop(self, task, prediction, batch):
+    def write_and_stop(self, task, prediction, batch):
         if batch.shard == "000001" and batch.last:
-            self._processes.asked_to_stop = "SIGTERM"
+            patch.setattr(signals, "reason", lambda: signals.Stopped(signal.SIGTERM))
         write(self, task, prediction, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(callback.ResultWriter, "_write", stop)
+        patch.setattr(callback.ResultWriter, "_write", write_and_stop)
         assert main(command(run)) == 143
     assert "stopped by SIGTERM" in capsys.readouterr().err
     assert sorted(p.name for p in run.glob("*.tar")) == ["000000.tar", "000001.tar"]
