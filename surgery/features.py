@@ -76,8 +76,7 @@ def feature_surgery(
                  [-0.1192,  0.8808]]])
     """
     _check(patch_tokens, class_token, text)
-    if form not in ("code", "paper"):
-        raise ValueError(f"form={form!r}: expected 'code' or 'paper'")
+    _check_form(form)
     with torch.autocast(patch_tokens.device.type, enabled=False):
         f, t = _unit(patch_tokens), _unit(text)
         if redundant is not None:
@@ -98,6 +97,86 @@ def feature_surgery(
         if form == "code":
             scores = scores * weights[:, None]
         return scores - shared
+
+
+def prediction_surgery(
+    predictions: Tensor, *, tau: float = 2.0, form: Literal["code", "paper"] = "code"
+) -> Tensor:
+    """Predictions of an image's classes without what all classes have in common.
+
+    `feature_surgery` with the class token in place of patches (multi-label recognition): there it only
+    needs the scores s = c.t, and so it serves any other predictions too, such as `merged_predictions`.
+    With w = softmax over texts of tau s, divided by its mean over texts:
+        form "code" (as released):       w s - mean_t(w s)
+        form "paper" (Equations 8-11):     s - mean_t(w s)
+
+    Args:
+        predictions: [B, T], cosines or the like.
+        tau: temperature of the weights.
+        form: "code" or "paper".
+
+    Returns:
+        [B, T], signed.
+
+    Raises:
+        ValueError: another shape, or another form.
+
+    Example:
+        >>> prediction_surgery(torch.tensor([[0.3, 0.1, 0.2]]), form="paper")
+        tensor([[ 0.0868, -0.1132, -0.0132]])
+    """
+    if predictions.ndim != 2 or predictions.shape[1] < 2:
+        raise ValueError(
+            f"predictions: expected [B, T] of two or more texts, given {list(predictions.shape)}"
+        )
+    _check_form(form)
+    with torch.autocast(predictions.device.type, enabled=False):
+        scores = widen(predictions)
+        weights = (tau * scores).softmax(dim=-1)
+        weighted = scores * weights / weights.mean(dim=-1, keepdim=True)
+        return (weighted if form == "code" else scores) - weighted.mean(dim=-1, keepdim=True)
+
+
+def merged_predictions(
+    patch_tokens: Tensor,
+    class_token: Tensor,
+    text: Tensor,
+    local_text: Tensor,
+    *,
+    sharpness: float = 50.0,
+) -> Tensor:
+    """Global and local predictions of TaI-DPT, merged half and half (Guo et al. 2023).
+
+    With unit vectors f (patch), c (class token), t and t' (global and local text):
+    (c.t + sum over patches of p f.t') / 2, p = softmax over patches of sharpness f.t'.
+
+    Args:
+        patch_tokens: [B, N, C].
+        class_token: [B, C].
+        text: [T, C], learned for whole images.
+        local_text: [T, C], learned for places.
+        sharpness: how much the best places count for.
+
+    Returns:
+        [B, T], in [-1, 1].
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Example:
+        >>> patches, token = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.tensor([[1.0, 0.0]])
+        >>> merged_predictions(patches, token, torch.eye(2), torch.eye(2))
+        tensor([[1.0000, 0.5000]])
+    """
+    _check(patch_tokens, class_token, text)
+    _check(patch_tokens, class_token, local_text)
+    if len(text) != len(local_text):
+        raise ValueError(
+            f"expected as many local texts as texts, {len(text)}, given {len(local_text)}"
+        )
+    local = similarity(patch_tokens, local_text)
+    local = (local * (sharpness * local).softmax(dim=1)).sum(dim=1)
+    return (similarity(class_token[:, None], text)[:, 0] + local) / 2
 
 
 def similarity_map(
@@ -214,6 +293,11 @@ def _min_max(maps: Tensor) -> Tensor:
     low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
     span = high - low
     return (maps - low) / torch.where(span > 0, span, torch.ones_like(span))
+
+
+def _check_form(form: str) -> None:
+    if form not in ("code", "paper"):
+        raise ValueError(f"form={form!r}: expected 'code' or 'paper'")
 
 
 def _check(patch_tokens: Tensor, class_token: Tensor | None, text: Tensor) -> None:

@@ -176,10 +176,19 @@ class Task(LightningModule):
         words = self.words(self.info)
         if words and not self.text_features:
             self.text = encode_prompts(self.backbone, self.backbone.tokenizer, words)
-        if self.text is not None and self.text.shape[1] != self.backbone.embed_dim:
+        if self.text is not None and self.text_features:
+            self.check_features(self.text_features, self.text)
+
+    def check_features(self, path: str, features: Tensor) -> None:
+        """Refuse features [T,C] from a file that are of another backbone.
+
+        Raises:
+            InvalidSetting: says so.
+        """
+        if features.shape[1] != self.backbone.embed_dim:
             raise InvalidSetting(
-                f"{self.text_features} has features of {self.text.shape[1]} channels, but "
-                f"{self.config.model} has {self.backbone.embed_dim}: they are of another backbone"
+                f"{path} has features of {features.shape[1]} channels, but {self.config.model} has "
+                f"{self.backbone.embed_dim}: they are of another backbone"
             )
 
     def encode_images(

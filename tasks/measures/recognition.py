@@ -10,23 +10,21 @@ from datamodules.samples import DatasetInfo
 from surgery.metrics import MeanAveragePrecision
 from tasks.measures.base import Measures, Report, by_class
 
-METRICS = {"surgery": "mAP", "softmax": "mAP_softmax", "cosine": "mAP_cosine"}
-"""Each way of scoring, and what its metric is called."""
-
 
 class RecognitionMeasures(Measures):
     """One mAP for each way of scoring.
 
     Args:
         info: the data set.
-        form: of feature surgery, for the record.
+        form: of feature surgery; the other one is measured beside.
     """
 
     def __init__(self, info: DatasetInfo, form: str) -> None:
         self.info = info
         self.form = form
-        self.precision = {way: MeanAveragePrecision(len(info.classes)) for way in METRICS}
-        super().__init__(self.precision)
+        ways = ("", other_form(form), "softmax", "cosine")
+        self.precision = {way: MeanAveragePrecision(len(info.classes)) for way in ways}
+        super().__init__({way or "surgery": metric for way, metric in self.precision.items()})
 
     def update(self, scores: Mapping[str, Tensor], truth: Tensor) -> None:
         """Add images: way -> scores [B,K], and which classes they show, bool [B,K]."""
@@ -35,14 +33,15 @@ class RecognitionMeasures(Measures):
 
     def report(self) -> Report:
         """mAP each way, AP of each class; classes without positives are named and left out."""
-        columns = {way: metric.per_class() for way, metric in self.precision.items()}
-        counted = self.precision["surgery"]
+        columns = {
+            f"AP_{way}".rstrip("_"): metric.per_class() for way, metric in self.precision.items()
+        }
+        counted = self.precision[""]
         positives = counted.positives()
-        values = {METRICS[way]: float(column.nanmean()) for way, column in columns.items()}
-        names = {METRICS[way].removeprefix("m"): column for way, column in columns.items()}
+        values = {f"m{name}": float(column.nanmean()) for name, column in columns.items()}
         return Report(
             metrics=values,
-            per_class=by_class(self.info.classes, names | {"positives": positives}),
+            per_class=by_class(self.info.classes, columns | {"positives": positives}),
             baseline={"mAP": values["mAP_softmax"]},
             details={
                 "form": self.form,
@@ -54,3 +53,8 @@ class RecognitionMeasures(Measures):
                 ],
             },
         )
+
+
+def other_form(form: str) -> str:
+    """The form of feature surgery that is measured beside."""
+    return "paper" if form == "code" else "code"

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from surgery import feature_surgery, similarity, similarity_map, similarity_to_points
+from surgery.features import prediction_surgery
 
 KINDS = ("vit", "rn")
 
@@ -183,3 +184,17 @@ class TestPoints:
         assert (points >= 0).all()
         assert (points[:, 0] < 400).all()
         assert (points[:, 1] < 100).all()
+
+
+@pytest.mark.parametrize("form", ["code", "paper"])
+def test_predictions_are_feature_surgery_of_the_class_token(form):
+    generator = torch.Generator().manual_seed(0)
+    token, text = (torch.randn(n, 16, generator=generator) for n in (5, 7))
+    expected = feature_surgery(token[:, None], token, text, form=form)[:, 0]
+    cosines = similarity(token[:, None], text)[:, 0]
+    found = prediction_surgery(cosines, form=form)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="two or more"):
+        prediction_surgery(cosines[:, :1])
+    with pytest.raises(ValueError, match="form"):
+        prediction_surgery(cosines, form="other")
