@@ -233,8 +233,9 @@ class ShardDataModule(LightningDataModule):
         found: dict[str, dict[str, Any]] = {}
         for name, url in self.shard_list():
             if not is_remote(url):
+                listed = self._listed(url)  # refuses a data set that is only half made
                 with suppress(OSError):
-                    found[name] = describe_file(Path(url), self._listed(url).get("sha256"))
+                    found[name] = describe_file(Path(url), listed.get("sha256"))
         return found
 
     def sample_counts(self) -> dict[str, int]:

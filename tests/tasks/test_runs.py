@@ -97,11 +97,17 @@ def test_other_content_under_the_same_names_is_refused(finished, scenes, command
     assert main(command(run, f"--data.shards={shards}")) == 0
 
 
+def undescribe(shards: Path) -> None:
+    """Leave nothing but the tars."""
+    for path in shards.glob("*.json"):
+        path.unlink()
+
+
 @pytest.mark.parametrize("listed", [True, False])
 def test_one_byte_that_changed_in_a_shard(listed, finished, scenes, command, tmp_path, capsys):
     shards = shutil.copytree(scenes, tmp_path / "shards")
     if not listed:
-        (shards / "dataset.json").unlink()
+        undescribe(shards)
     words = command(tmp_path / "run", f"--data.shards={shards}")
     assert main(words) == 0
     with open(shards / "000001.tar", "r+b") as file:
@@ -118,7 +124,7 @@ def test_shards_that_were_copied_are_the_same(listed, scenes, command, tmp_path)
     """To another disk, with another time of modification."""
     shards = shutil.copytree(scenes, tmp_path / "shards")
     if not listed:
-        (shards / "dataset.json").unlink()
+        undescribe(shards)
     assert main(command(tmp_path / "run", f"--data.shards={shards}")) == 0
     copies = shutil.copytree(shards, tmp_path / "copies", copy_function=shutil.copyfile)
     for number, path in enumerate(sorted(copies.glob("*.tar"))):
@@ -202,7 +208,7 @@ def test_lost_shards_count_as_shards(scenes, command, tmp_path, capsys, rate, co
     folder = shutil.copytree(scenes, tmp_path / "shards")
     for name in ("000000", "000001", "000002"):
         (folder / f"{name}.tar").write_bytes(b"no tar")
-    (folder / "dataset.json").unlink()
+    undescribe(folder)
     words = command(tmp_path / "run", f"--data.shards={folder}", f"--data.max_error_rate={rate}")
     assert main(words) == code
     shown = capsys.readouterr()
