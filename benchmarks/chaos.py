@@ -1,10 +1,13 @@
-"""Kill a run again and again, restart it with other world sizes, compare with an undisturbed one.
+"""Disturb a run again and again, restart it with other world sizes, compare with an undisturbed one.
 
-    python benchmarks/chaos.py --kills 10 --seed 0
+    python benchmarks/chaos.py --blows 20 --seed 0
 
-A bounded run on the drawn world with a tiny random CLIP: random ranks or loader workers are killed
-with SIGKILL at random moments, half of them while it starts and half while it works; at last the run
-is finished, and every file of results must be byte-identical to that of one undisturbed process.
+A bounded run on the drawn world with a tiny random CLIP. At random moments, half of them while it starts
+and half while it works, one of these happens: a random rank or loader worker is killed with SIGKILL; all
+processes are sent SIGTERM or SIGINT at once, as a scheduler or a terminal does; one is halted with
+SIGSTOP for a while; a second run is started in the same folder. No process may be left, a stop must
+end with its exit code, and the second run must be refused. At last the run is finished, and every file
+of results must be byte-identical to that of one undisturbed process.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 TINY = {
@@ -31,12 +35,20 @@ TINY = {
 OF_THE_START = {"run.json", "config.yaml"}
 """Files that say how a run was started, not what came out."""
 
+FAULTS = (
+    *("processes left", "wrong exit codes", "second runs let in"),
+    *("samples lost", "samples doubled", "files differing"),
+)
+"""Rows of the table that must be 0."""
+LATEST = 20.0
+"""Seconds after which no process of a killed run may be there any more."""
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=6, help="how many processes are killed")
+    parser.add_argument("--blows", type=int, default=8, help="how often the run is disturbed")
     parser.add_argument("--samples", type=int, default=600)
     parser.add_argument("--shard-size", type=int, default=20)
     parser.add_argument("--max-ranks", type=int, default=3)
@@ -50,7 +62,7 @@ def main() -> int:
         print(f"{row:<{width}}  {value}")
     if args.output:
         args.output.write_text(json.dumps(table, indent=1))
-    return int(any(table[k] for k in ("samples lost", "samples doubled", "files differing")))
+    return int(any(table[row] for row in FAULTS))
 
 
 def chaos(folder: Path, args: argparse.Namespace, choose: random.Random) -> dict[str, int]:
@@ -65,11 +77,12 @@ def chaos(folder: Path, args: argparse.Namespace, choose: random.Random) -> dict
         time.sleep(0.05)
     start = time.perf_counter() - began
     complete(run)
-    kills: Counter[str] = Counter({"first process": 0, "another rank": 0, "loader worker": 0})
+    blows: Counter[str] = Counter(dict.fromkeys(BLOWS, 0))
     moments: Counter[str] = Counter({"at the start": 0, "at work": 0})
+    faults: Counter[str] = Counter(dict.fromkeys(FAULTS, 0))
     starts = taken_away = 0
-    while kills.total() < args.kills:
-        if finished(other) == finished(one):  # all done before enough was killed
+    while blows.total() < args.blows:
+        if finished(other) == finished(one):  # all done before it was disturbed enough
             for path in choose.sample(sorted(other.glob("*.tar")), (len(finished(one)) + 1) // 2):
                 path.unlink()
                 taken_away += 1
@@ -77,40 +90,116 @@ def chaos(folder: Path, args: argparse.Namespace, choose: random.Random) -> dict
         run = predict(folder, other.name, ranks=choose.randint(1, args.max_ranks))
         starts += 1
         if choose.random() < 0.5:
-            time.sleep(choose.uniform(0, start))
+            time.sleep(choose.uniform(0.3, start))  # Python itself begins with the first 0.3 s
         else:
             goal = len(before) + choose.randint(1, max(1, len(finished(one) - before) // 2))
             while len(finished(other)) < goal and run.poll() is None:
                 time.sleep(0.01)
             time.sleep(choose.uniform(0, 0.5))
-        alive = {**descendants(run.pid), run.pid: "first process"}
-        if run.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                kind = choose.choice(sorted(set(alive.values())))
-                victim = choose.choice([pid for pid, its in alive.items() if its == kind])
-                os.kill(victim, signal.SIGKILL)
-                kills[kind] += 1
-                moments["at work" if finished(other) > before else "at the start"] += 1
-            time.sleep(choose.uniform(0, 2))
-            stop(run)
-        else:
+        if run.poll() is not None:
             complete(run)
+            continue
+        kind = choose.choice(list(BLOWS))
+        moment = "at work" if finished(other) > before else "at the start"
+        with contextlib.suppress(ProcessLookupError):  # it was done at that very moment
+            faults.update(BLOWS[kind](run, folder, choose))
+            blows[kind] += 1
+            moments[moment] += 1
+        stop(run)
     complete(predict(folder, other.name, ranks=choose.randint(1, args.max_ranks)))
     return {
-        "kills": kills.total(),
-        **{f"  of {kind}": count for kind, count in kills.items()},
+        "blows": blows.total(),
+        **{f"  {kind}": count for kind, count in blows.items()},
         **{f"  {moment}": count for moment, count in moments.items()},
         "restarts": starts,
         "finished shards taken away": taken_away,
+        **faults,
         **compare(one, other),
     }
+
+
+def kill(what: str, run: subprocess.Popen[bytes], folder: Path, choose: random.Random) -> list[str]:
+    """SIGKILL for one process; the others must end by themselves, or, below a worker, with it."""
+    victims = [
+        pid for pid, kind in {**descendants(run.pid), run.pid: FIRST}.items() if kind == what
+    ]
+    os.kill(choose.choice(victims or [run.pid]), signal.SIGKILL)
+    return left_behind(run)
+
+
+def ask(
+    number: int, run: subprocess.Popen[bytes], folder: Path, choose: random.Random
+) -> list[str]:
+    """A signal for all processes at once."""
+    os.killpg(run.pid, number)
+    expected = {0, 130 if number == signal.SIGINT else 143}  # 0: it was all done already
+    faults = left_behind(run)
+    return faults + (["wrong exit codes"] if run.poll() not in expected else [])
+
+
+def halt(run: subprocess.Popen[bytes], folder: Path, choose: random.Random) -> list[str]:
+    """A process stands still for a while, then all goes on."""
+    pid = choose.choice([run.pid, *descendants(run.pid)])
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(choose.uniform(1, 8))
+    os.kill(pid, signal.SIGCONT)
+    return ["wrong exit codes"] if run.wait() else []
+
+
+def rival(run: subprocess.Popen[bytes], folder: Path, choose: random.Random) -> list[str]:
+    """A second run in the same folder: one of the two is refused, and the other goes on."""
+    second = predict(folder, "disturbed", ranks=1)
+    codes = sorted((second.wait(), run.wait()))
+    # Both 0: the first one was done before the second began.
+    return [] if codes in ([0, 1], [0, 0]) else ["second runs let in"]
+
+
+FIRST, RANK, WORKER = "first process", "another rank", "loader worker"
+BLOWS = {
+    f"SIGKILL for the {FIRST}": partial(kill, FIRST),
+    f"SIGKILL for {RANK}": partial(kill, RANK),
+    f"SIGKILL for a {WORKER}": partial(kill, WORKER),
+    "SIGTERM for all": partial(ask, signal.SIGTERM),
+    "Ctrl-C for all": partial(ask, signal.SIGINT),
+    "SIGSTOP for a while": halt,
+    "a second run": rival,
+}
+
+
+def left_behind(run: subprocess.Popen[bytes]) -> list[str]:
+    """A fault if processes of a run are still there after a while; waits for them until then."""
+    until = time.monotonic() + LATEST
+    while time.monotonic() < until:
+        run.poll()
+        if not in_group(run.pid):
+            return []
+        time.sleep(0.05)
+    return ["processes left"]
+
+
+def in_group(group: int) -> bool:
+    """Whether a process group has any living process."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its = path.read_text().rsplit(")", 1)[1].split()[:3]
+            if int(its) == group and state != "Z":
+                return True
+    return False
 
 
 def lightning(folder: Path, *words: str) -> subprocess.Popen[bytes]:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tasks", *words]
     with open(folder / "log", "wb") as log:
-        return subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            env=env,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            # What runs in the background of a script ignores it, and would pass that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
 
 
 def predict(folder: Path, name: str, ranks: int) -> subprocess.Popen[bytes]:
@@ -148,7 +237,7 @@ def descendants(pid: int) -> dict[int, str]:
         parent = todo.pop()
         for child in children.get(parent, []):
             # Ranks are started by the first process, as new programs; workers are forked.
-            found[child] = "another rank" if _is_rank(child, parent) else "loader worker"
+            found[child] = RANK if _is_rank(child, parent) else WORKER
             todo.append(child)
     return found
 

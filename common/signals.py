@@ -8,7 +8,6 @@ with `check`. Within `interruptible`, inside of that, it raises `Stopped`: for w
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import signal
 import socket
@@ -243,6 +242,8 @@ def leave_to_parent(*, but: tuple[int, ...] = ()) -> None:
     Args:
         but: signals that keep their effect.
     """
+    import multiprocessing  # only here: every command would wait for it
+
     for number in STOP:
         signal.signal(number, signal.SIG_DFL if number in but else signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
