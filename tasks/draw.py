@@ -21,6 +21,7 @@ COLOURS = ((240, 90, 80), (250, 210, 40), (110, 160, 250))
 """Red, yellow and blue behind the first, the second and the third token."""
 
 _SHARE = 40  # of the width is the height of a letter
+_SMALLEST = 192  # pixels: points on a smaller picture would hide it
 
 
 def caption_strip(tokens: list[str], best: list[int], width: int) -> np.ndarray:
@@ -78,6 +79,87 @@ def label_colours(image: Tensor, labels: np.ndarray, palette: list[int]) -> np.n
     colours = np.array(palette, dtype=np.float32).reshape(-1, 3)[np.minimum(labels, VOID)]
     mixed = 0.4 * enlarged(image, labels.shape).numpy() + 0.6 * colours
     return mixed.round().astype(np.uint8)
+
+
+def legend_strip(entries: Sequence[tuple[str, Sequence[int]]], width: int) -> np.ndarray:
+    """Names, each behind a square of its colour, on white: uint8 [height, width, 3]."""
+    size = max(10, width // _SHARE)
+    font = ImageFont.load_default(size)
+    line, pad = round(1.5 * size), max(2, size // 4)
+    places: list[tuple[int, int]] = []
+    x = y = pad
+    for name, _ in entries:
+        length = round(line + font.getlength(name)) + size
+        if x + length > width and x > pad:
+            x, y = pad, y + line
+        places.append((x, y))
+        x += length
+    strip = Image.new("RGB", (width, y + line + pad), "white")
+    draw = ImageDraw.Draw(strip)
+    for (name, colour), (x, y) in zip(entries, places, strict=True):
+        r, g, b = (int(level) for level in colour)
+        draw.rectangle((x, y, x + size, y + size), fill=(r, g, b), outline="black")
+        draw.text((x + line, y + size // 2), name, fill="black", font=font, anchor="lm")
+    return np.asarray(strip)
+
+
+def label_figure(
+    image: Tensor, labels: np.ndarray, palette: list[int], names: dict[int, str]
+) -> np.ndarray:
+    """A label map [H,W] over the image, and below it what its colours mean.
+
+    Args:
+        image: see above.
+        labels: values, of which all that occur are explained, the most frequent first.
+        palette: 256 x 3 numbers.
+        names: label value -> name.
+    """
+    values, counts = np.unique(labels, return_counts=True)
+    shown = sorted(zip(-counts, values.tolist(), strict=True))
+    colours = np.array(palette).reshape(-1, 3)
+    entries = [(names.get(v, str(v)), colours[min(v, VOID)].tolist()) for _, v in shown]
+    picture = label_colours(image, labels, palette)
+    return np.concatenate([picture, legend_strip(entries, picture.shape[1])])
+
+
+def point_figure(
+    image: Tensor,
+    size: tuple[int, int],
+    points: Sequence[Sequence[int]],
+    labels: Sequence[int],
+    mask: np.ndarray | None = None,
+) -> np.ndarray:
+    """Prompt points on the image, and the mask that they gave: green discs in it, red crosses not.
+
+    Args:
+        image: see above.
+        size: (height, width) in whose pixels points are.
+        points: (x, y) of each.
+        labels: 1 for positive and 0 for negative points.
+        mask: bool (height, width); what is not in it is darkened.
+    """
+    pixels = enlarged(image, size).numpy()
+    if mask is not None:
+        pixels = np.where(mask[..., None], pixels, 0.4 * pixels)
+    scale = 1 if min(size) >= _SMALLEST else -(-_SMALLEST // min(size))
+    picture = Image.fromarray(pixels.round().astype(np.uint8))
+    picture = picture.resize((size[1] * scale, size[0] * scale), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(picture)
+    radius = max(3, min(picture.size) // 60)
+    for (left, top), positive in zip(points, labels, strict=True):
+        x, y = (left + 0.5) * scale, (top + 0.5) * scale
+        if positive:
+            box = (x - radius, y - radius, x + radius, y + radius)
+            draw.ellipse(box, fill=(40, 200, 60), outline="white", width=max(1, radius // 3))
+            continue
+        ends = [
+            (x - radius, y - radius, x + radius, y + radius),
+            (x - radius, y + radius, x + radius, y - radius),
+        ]
+        for colour, width in (("white", radius), ((225, 30, 30), max(2, radius // 2))):
+            for end in ends:
+                draw.line(end, fill=colour, width=width)
+    return np.asarray(picture)
 
 
 def caption_figure(image: Tensor, values: Tensor, tokens: list[str], best: list[int]) -> np.ndarray:

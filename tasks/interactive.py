@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -15,8 +17,9 @@ from surgery import ImageTokens, encode_prompts, feature_surgery
 from surgery.points import combined_points
 from tasks._sam import PointSegmenter, need_transformers
 from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
+from tasks.draw import point_figure
 from tasks.measures.interactive import InteractiveMeasures
-from tasks.run.results import ImageResult, Masks, Points
+from tasks.run.results import ImageResult, Masks, Points, slug
 
 
 class Interactive(Task):
@@ -74,6 +77,7 @@ class Interactive(Task):
     def setup(self, stage: str) -> None:
         """Load the backbone and SAM."""
         super().setup(stage)
+        self.wants_originals = self.sam is not None or self.draws
         if self.sam is not None:
             self.segmenter = PointSegmenter(self.sam)
 
@@ -106,7 +110,11 @@ class Interactive(Task):
             prompts = [self.points(tokens, index, batch.sizes[i]) for index in shown]
             masks = self._masks(batch.originals[i], prompts)
             self.measures.update(prompts, [mask for mask, _ in masks], batch.labels[i], shown)
-            results.append(self._result(batch.keys[i], batch.sizes[i], shown, prompts, masks))
+            original = batch.originals[i]
+            image = batch.images[i] if original is None else original
+            results.append(
+                self._result(batch.keys[i], image, batch.sizes[i], shown, prompts, masks)
+            )
         return results
 
     def points(
@@ -138,6 +146,7 @@ class Interactive(Task):
     def _result(
         self,
         key: str,
+        image: Tensor,
         size: tuple[int, int],
         shown: tuple[int, ...],
         prompts: list[tuple[Tensor, Tensor]],
@@ -151,7 +160,19 @@ class Interactive(Task):
             Masks(names, shown, np.stack([mask.numpy() for mask, _ in masks])) if masks else None,
             [score for _, score in masks],
         )
-        return ImageResult(key, (found,))
+        draw = partial(draw_points, image.cpu(), found, shown) if self.draws else None
+        return ImageResult(key, (found,), draw)
+
+
+def draw_points(image: Tensor, found: Points, numbers: Sequence[int]) -> dict[str, np.ndarray]:
+    """The points of each text on the image, with its mask if there is one."""
+    pictures = {}
+    for i, (name, number) in enumerate(zip(found.points, numbers, strict=True)):
+        mask = found.masks.masks[i] if found.masks else None
+        pictures[f"points.{number:03d}-{slug(name)}.jpg"] = point_figure(
+            image, found.size, found.points[name], found.labels[name], mask
+        )
+    return pictures
 
 
 def texts_of(info: DatasetInfo) -> list[list[str]]:

@@ -13,7 +13,7 @@ from datamodules.samples import Batch, DatasetInfo
 from datamodules.shards import ShardDataModule
 from surgery.views import best_text, cut_views, view_similarities
 from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
-from tasks.draw import label_colours
+from tasks.draw import label_figure
 from tasks.measures.segmentation import SegmentationMeasures
 from tasks.run.results import Facts, ImageResult, LabelMap
 
@@ -157,5 +157,7 @@ class Segmentation(Task):
 
 
 def draw_labels(image: Tensor, labels: np.ndarray, info: DatasetInfo) -> dict[str, np.ndarray]:
-    """The label map over the image."""
-    return {"label.jpg": label_colours(image, labels, info.flat_palette())}
+    """The label map over the image, with the names of its colours."""
+    names = {info.label_value(i): name for i, name in enumerate(info.classes)}
+    names = {0: "background", **names}
+    return {"label.jpg": label_figure(image, labels, info.flat_palette(), names)}

@@ -14,7 +14,7 @@ from tasks._configs import FOLDER, SHORT, all_names, leaves, names_of, read_laye
 BEFORE = json.loads((Path(__file__).parent / "configs_before.json").read_text())
 """Name -> digest of the settings that it gave when each config was a file of its own."""
 
-FILES = [FOLDER / "demo.yaml", FOLDER / "images.yaml"]
+FILES = [FOLDER / f"{name}.yaml" for name in ("demo", "demo_opinions", "images")]
 PARTS = [*FOLDER.glob("backbones/*.yaml"), *FOLDER.glob("experiments/*.yaml")]
 
 

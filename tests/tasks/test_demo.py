@@ -4,6 +4,7 @@ The scenes are of worlds that it was not trained on; the margins are far wider t
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,20 @@ def test_an_unseen_background_like_a_photographs(tmp_path):
 @pytest.mark.parametrize("task", ["Segmentation", "Interactive", "Multimodal", "Analysis"])
 def test_every_task_runs_on_it(scenes, task, tmp_path):
     assert run(tmp_path / "run", scenes, task)["images"] == 128
+
+
+def test_readme_terminal_and_files_of_the_demo_agree(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["predict", "--config", "demo.yaml", "--trainer.accelerator=cpu"]
+    assert main([*words, "--trainer.enable_progress_bar=false", "--data.num_workers=0"]) == 0
+    said = capsys.readouterr().out
+    shown = [round(float(n)) for n in re.search(r"mIoU +([\d.]+) % +([\d.]+) %", said).groups()]
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    told = re.search(r"mIoU goes from (\d+) % to (\d+) % with surgery", readme).groups()
+    assert shown == [int(n) for n in told]
+    summary = json.loads(Path("runs/demo/metrics.json").read_text())
+    assert summary["details"]["mIoU_at_fixed_threshold"] == summary["metrics"]["mIoU"]
+    assert "best threshold" not in said
+    picture = re.search(r"pictures: (\S+)", said)[1]
+    assert re.search(r"\d\.(surgery\.)?map\.\d", picture)
+    assert Path(picture).exists()

@@ -207,3 +207,34 @@ def test_an_image_without_any_class_has_no_mask_and_counts_for_nothing(experimen
         assert np.load(io.BytesIO(found[f"{key}.scores.npy"])).shape == (80, 6, 6)
     counted = json.loads((run / "metrics.json").read_text())["per_class"]
     assert sum(row["images"] for row in counted.values()) == sum(map(len, truth.values()))
+
+
+def test_points_are_drawn_where_they_are_and_told_apart(experiment):
+    run, _ = experiment("vit_b16_voc_interactive.yaml", *DRAWN)
+    drawn = {1: 0, 0: 0}
+    for path in run.glob("*/*.json"):
+        record = json.loads(path.read_text())
+        pictures = sorted(path.parent.glob(f"{path.stem}.points.*.jpg"))
+        assert len(pictures) == len(record.get("texts", {}))
+        for picture, found in zip(pictures, record.get("texts", {}).values(), strict=True):
+            pixels = np.asarray(Image.open(picture)).astype(int)
+            scale = pixels.shape[0] // record["size"][0]
+            assert min(pixels.shape[:2]) >= 192
+            for (x, y), positive in zip(found["points"], found["labels"], strict=True):
+                red, green, _ = pixels[int((y + 0.5) * scale), int((x + 0.5) * scale)]
+                assert (green > red + 80) if positive else (red > green + 80)
+                drawn[positive] += 1
+    assert min(drawn.values()) > 5
+
+
+def test_the_colours_of_a_segmentation_are_explained_below_it(experiment):
+    run, _ = experiment("vit_b16_voc20.yaml", *DRAWN)
+    for picture in run.glob("*/*.label.jpg"):
+        label = Image.open(picture.with_suffix(".png"))
+        drawn = np.asarray(Image.open(picture))
+        assert drawn.shape[1] == label.width
+        below = drawn[label.height :]
+        assert below.mean() > 128  # on white
+        value = np.bincount(np.asarray(label).ravel()).argmax()
+        colour = np.array(label.getpalette()).reshape(-1, 3)[value]
+        assert np.abs(below.astype(int) - colour).sum(2).min() < 60

@@ -328,3 +328,11 @@ def test_torchrun_with_more_ranks_than_shards(predict, command, scenes, tmp_path
 
 def one_thread() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_masks_at_another_threshold_than_the_headline_are_told(finished, capsys):
+    assert main(["metrics", str(finished)]) == 0
+    details = json.loads((finished / "metrics.json").read_text())["details"]
+    said = capsys.readouterr().out
+    assert f"best threshold, {details['threshold']:.2f}" in said
+    assert f"{100 * details['mIoU_at_fixed_threshold']:.2f} %" in said
