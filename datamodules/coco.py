@@ -263,7 +263,6 @@ class COCO(ShardDataModule):
             items = collect(listed)
         except (ValueError, KeyError, TypeError) as error:
             raise SourceError(f"{file} is not a COCO instances file: {error!r}") from None
-        need_pycocotools()
         return Source(
             INFO, split, items, partial(read_sample, images, crowd), extra={"crowd": crowd}
         )
@@ -293,20 +292,6 @@ def collect(listed: dict[str, Any]) -> list[tuple[str, str, int, int, list[Regio
         (Path(i["file_name"]).stem, i["file_name"], i["width"], i["height"], regions[i["id"]])
         for i in images
     ]
-
-
-def need_pycocotools() -> None:
-    """Check that the reader of COCO's masks is installed.
-
-    Raises:
-        SourceError: it isn't; says how to install it.
-    """
-    try:
-        import pycocotools.mask  # noqa: F401  (only whether it is there)
-    except ImportError:
-        raise SourceError(
-            'COCO masks need pycocotools: pip install "clip-surgery-lightning[coco]"'
-        ) from None
 
 
 def read_sample(images: Path, crowd: str, item: tuple[str, str, int, int, list[Region]]) -> Members:

@@ -173,15 +173,8 @@ def label_table(file: Path) -> np.ndarray:
     """Label value of each of the 459 classes, by their names in ``labels.txt`` ("2: aeroplane").
 
     Raises:
-        SourceError: one of the 59 classes isn't in it, or scipy is missing.
+        SourceError: one of the 59 classes isn't in it.
     """
-    try:
-        import scipy.io  # noqa: F401  (only whether it is there)
-    except ImportError:
-        raise SourceError(
-            f"{file.parent} has the .mat release, which needs scipy: "
-            'pip install "clip-surgery-lightning[context]"'
-        ) from None
     ids = {}
     for line in file.read_text().splitlines():
         number, _, name = line.partition(":")

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tasks._parser import predict
     from tasks.analysis import Analysis
     from tasks.base import BackboneConfig, Task
     from tasks.explainability import Explainability
@@ -31,6 +32,7 @@ _HOMES = {
     "Task": "base",
     "ResultWriter": "run.callback",
     "Run": "run",
+    "predict": "_parser",
     **{cls: module for module, cls in TASKS.items()},
 }
 
@@ -47,6 +49,7 @@ __all__ = [
     "Run",
     "Segmentation",
     "Task",
+    "predict",
 ]
 
 

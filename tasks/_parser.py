@@ -30,6 +30,7 @@ from tasks._configs import (
 from tasks._progress import ImageProgress
 from tasks._ranks import Ranks, environment
 from tasks.base import Task
+from tasks.run import Run, RunError
 from tasks.run.callback import ResultWriter
 
 USAGE = "lightning predict --config NAME [--model TASK] [--data DATASET] [any field below]"
@@ -92,6 +93,11 @@ class Predict(LightningCLI):
             run=False,
         )
 
+    def predict(self) -> Run:
+        """Process all shards that are not finished; results are in the run's folder."""
+        self.trainer.predict(self.model, datamodule=self.datamodule, return_predictions=False)
+        return self.writer.run
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser that dumps the chosen classes beside their fields."""
         self.parser_class = type("Parser", (_Parser,), {"classes": self.classes})
@@ -107,8 +113,10 @@ class Predict(LightningCLI):
         Raises:
             InvalidConfig: a field doesn't exist or has a wrong value; names its source.
         """
-        dests = {action.dest for action in parser._actions}
-        known = {d for d in dests if not any(other.startswith(f"{d}.") for other in dests)}
+        fields = {action.dest for action in parser._actions}
+        # Beside a field that takes a class there is FIELD.help; sections are no fields of their own.
+        fields = {name for name in fields if not name.endswith(".help")}
+        known = {f for f in fields if not any(other.startswith(f"{f}.") for other in fields)}
         origin: dict[str, str] = {}
         settings: dict[str, Any] = {}
         for layer in self.layers:
@@ -130,12 +138,9 @@ class Predict(LightningCLI):
     def _of_another_class(self, layer: Layer, key: str) -> bool:
         """Whether a layer sets a field for a class in whose place another was chosen."""
         section = key.partition(".")[0]
-        return section in self.classes and layer.classes.get(section, "").rpartition(".")[
-            2
-        ] not in (
-            "",
-            self.classes[section].__name__,
-        )
+        if section not in self.classes or section not in layer.classes:
+            return False
+        return layer.classes[section].rpartition(".")[2] != self.classes[section].__name__
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """The Trainer, with the writer and a progress bar that counts images."""
@@ -168,6 +173,35 @@ class Predict(LightningCLI):
             if self.config.trainer.accelerator not in ("auto", "cpu"):
                 hint = " (--trainer.accelerator auto takes what this machine has)"
             raise InvalidSetting(f"--trainer: {' '.join(str(error).split())}{hint}") from None
+
+
+def predict(config: str | Path | Mapping[str, Any], **fields: Any) -> Run:
+    """Run a task over shards, as ``lightning predict`` does; a run that was broken off goes on.
+
+    Sets up no logging, handles no signals, prints nothing but the progress bar.
+
+    Args:
+        config: name of a packaged config (``vit_b16_voc``), path of a file, or its content as a mapping.
+        fields: what to set otherwise: sections (``data={"shards": "shards/voc"}``,
+            ``model="Recognition"``) or dotted names (``**{"data.batch_size": 4}``).
+
+    Returns:
+        The finished run.
+
+    Raises:
+        InvalidConfig: a config or a field that doesn't exist, or a wrong value.
+        UserError: what else the command would tell in a sentence, such as missing weights.
+        RunError: more samples or shards are missing than ``data.max_error_rate`` allows; the results
+            of the others are in the folder.
+
+    Example:
+        ``tasks.predict("demo", writer={"output": "runs/demo"}).metrics["mIoU"]``
+    """
+    objects = Predict([*read_layers(config), layer_of(fields)])
+    run = objects.predict()
+    if objects.trainer.is_global_zero and (failure := objects.writer.tally.verdict()):
+        raise RunError(failure)
+    return run
 
 
 class _Parser(LightningArgumentParser):
@@ -229,12 +263,14 @@ def read_words(words: Sequence[str]) -> tuple[list[Layer], list[str]]:
 def layer_of(fields: Mapping[str, Any]) -> Layer:
     """Fields as keyword arguments name them: nested, or with dots (``**{"data.batch_size": 4}``)."""
     settings: dict[str, Any] = {}
-    for key, value in fields.items():
-        settings = _put(settings, key, value)
     classes: dict[str, str] = {}
-    for section in settings.keys() & {"model", "data"}:
-        cls, settings[section] = fold(section, settings[section], Path.cwd())
-        classes |= {section: cls} if cls else {}
+    for key, value in sorted(fields.items(), key=lambda item: item[0].count(".")):
+        if key in ("model", "data"):
+            cls, value = fold(key, value, Path.cwd())
+            classes |= {key: cls} if cls else {}
+        elif key == "model.backbone":
+            value = fold("model", {"backbone": value}, Path.cwd())[1]["backbone"]
+        settings = _put(settings, key, value)
     return Layer("fields", settings, classes)
 
 

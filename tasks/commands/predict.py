@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     try:
         cli = Predict(*read_words(argv), ranks)
         ranks.start(cli.trainer)
-        cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
+        run = cli.predict()
     except (signals.Stopped, Exception) as raised:
         error = signals.reason() or raised  # a stop wins over what it causes
         leave_group()
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     leave_group()
     ranks.end()
     if cli.trainer.is_global_zero:
-        print_report(cli.writer.run, cli.writer.tally)
+        print_report(run, cli.writer.tally)
         if failure := cli.writer.tally.verdict():
             print(f"lightning predict: {failure}", file=sys.stderr)
             return 1

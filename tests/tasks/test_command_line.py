@@ -232,6 +232,20 @@ def test_a_mistyped_config_is_told_in_a_line_with_its_name(text, said, tmp_path,
     assert len(message.splitlines()) == 1
 
 
+def test_a_config_sets_any_field_of_the_trainer(tmp_path, capsys):
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "trainer:\n  accelerator: cpu\n  strategy: ddp\n  precision: bf16-mixed\n  callbacks:\n"
+        "  - class_path: lightning.pytorch.callbacks.DeviceStatsMonitor\n"
+    )
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", *VOC, "--config", str(path), "--print_config"])
+    assert stop.value.code == 0
+    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    assert (trainer["accelerator"], trainer["strategy"]) == ("cpu", "ddp")
+    assert trainer["callbacks"][0]["class_path"].endswith("DeviceStatsMonitor")
+
+
 @pytest.mark.parametrize(
     "words",
     [
