@@ -177,6 +177,11 @@ class ShardDataModule(LightningDataModule):
             )
         if batch_size < 1:
             raise InvalidSetting(f"--data.batch_size must be at least 1, got {batch_size}")
+        if num_workers is not None and num_workers < 0:
+            raise InvalidSetting(f"--data.num_workers must be at least 0, got {num_workers}")
+        sides = image_size if isinstance(image_size, tuple | list) else [image_size]
+        if any(side is not None and side < 1 for side in sides):
+            raise InvalidSetting(f"--data.image_size is in pixels, above 0, got {image_size}")
         if timeout <= 0:
             raise InvalidSetting(f"--data.timeout is in seconds, above 0, got {timeout}")
         if not 0 <= max_error_rate <= 1:

@@ -177,6 +177,10 @@ class Run:
         """
         run = cls(folder, described)
         run._overwrite = overwrite
+        if file := next(
+            (f for f in (folder, *folder.parents) if f.exists() and not f.is_dir()), None
+        ):
+            raise RunError(f"{file} is a file, no folder: choose another --writer.output")
         if folder.exists() and not (folder / MARKER).exists() and not (folder / _ASIDE).exists():
             _refuse_strangers(folder)
         made = not folder.exists()

@@ -328,6 +328,20 @@ def test_a_hub_that_cannot_be_reached_is_told_in_a_sentence(tmp_path, monkeypatc
     assert len(message.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("--data.num_workers=-1", "--data.num_workers must be at least 0"),
+        ("--data.image_size=0", "--data.image_size is in pixels"),
+        ("--data.image_size=[32,-1]", "--data.image_size is in pixels"),
+        (f"--writer.output={__file__}/run", "is a file, no folder"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused(word, said, tmp_path, command, capsys):
+    assert main(command(tmp_path / "run", word)) == 1
+    assert said in capsys.readouterr().err
+
+
 def test_missing_shards_say_what_to_do(capsys):
     words = ["predict", "--config", "vit_b16_voc.yaml", "--data.shards", "nowhere"]
     assert main(words) == 1
