@@ -43,8 +43,9 @@ from PIL import Image
 
 import surgery
 from datamodules._convert import Members, Source, png_bytes, write_shards
+from datamodules._drawing import draw_scene
 from datamodules.samples import Batch
-from datamodules.shapes import INFO, draw_scene
+from datamodules.shapes import INFO
 
 HEIGHT, WIDTH = 375, 500
 QUALITY = 98

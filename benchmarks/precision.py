@@ -24,7 +24,7 @@ from _timing import format_table, write_json
 from torch import Tensor
 
 import surgery
-from datamodules.shapes import NOUNS, Scene, draw_scene
+from datamodules._drawing import NOUNS, Scene, draw_scene
 from surgery.metrics import MeanScoreContrast, ThresholdIoU
 
 WORLD = 900_000

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from datamodules.shapes import NOUNS, draw_scene
+from datamodules._drawing import NOUNS, draw_scene
 from surgery import encode_prompts, feature_surgery, load_backbone, similarity, similarity_map
 from surgery.visualize import heat_map
 

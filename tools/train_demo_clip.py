@@ -1,4 +1,4 @@
-"""Train the demo CLIP on the drawn world of `datamodules.shapes`, from scratch.
+"""Train the demo CLIP on the drawn world of `datamodules._drawing`, from scratch.
 
     python tools/train_demo_clip.py --seed 1 --hardest 0.75 --output runs/1-shapes
     python tools/train_demo_clip.py --seed 1 --start runs/1-shapes --difficulty 1 --steps 1800 \
@@ -41,7 +41,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datamodules.shapes import BACKGROUNDS, COLOURS, NOUNS, PREFIXES, Draws, caption, draw_scene
+from datamodules._drawing import BACKGROUNDS, COLOURS, NOUNS, PREFIXES, Draws, caption, draw_scene
 from surgery.checkpoints import IDS, ROWS
 from surgery.metrics import MeanAveragePrecision
 
@@ -832,7 +832,7 @@ backbone = surgery.load_backbone("demo", "demo")
 
 ## Data
 
-Scenes drawn by `datamodules.shapes.draw_scene` and their captions, nothing else: {len(NOUNS)} nouns
+Scenes drawn by `datamodules._drawing.draw_scene` and their captions, nothing else: {len(NOUNS)} nouns
 ({", ".join(NOUNS)}),
 {len(COLOURS)} colours ({", ".join(COLOURS)}),
 {len(BACKGROUNDS)} backgrounds ({", ".join(BACKGROUNDS)}).

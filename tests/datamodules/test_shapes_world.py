@@ -7,11 +7,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from datamodules.shapes import (
+from datamodules._drawing import (
     BACKGROUNDS,
     COLOURS,
     NOUNS,
-    PALETTE,
     PREFIXES,
     UNSEEN_BACKGROUNDS,
     Draws,
@@ -19,6 +18,7 @@ from datamodules.shapes import (
     caption,
     draw_scene,
 )
+from datamodules.shapes import PALETTE
 
 MANY = 400
 

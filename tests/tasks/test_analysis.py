@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.shapes import NOUNS, draw_scene
+from datamodules._drawing import NOUNS, draw_scene
 from surgery import encode_prompts, load_backbone
 from tasks.__main__ import main
 from tests import reference_analyses as paper

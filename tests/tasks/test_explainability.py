@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules.shapes import INFO, NOUNS, draw_scene
+from datamodules._drawing import NOUNS, draw_scene
+from datamodules.shapes import INFO
 from tasks.__main__ import main
 from tests.tasks.conftest import members
 

@@ -32,7 +32,7 @@ def records(run: Path) -> dict[str, dict]:
 
 
 def test_accuracy_is_that_of_the_stored_points(run, scenes):
-    from datamodules.shapes import NOUNS
+    from datamodules._drawing import NOUNS
 
     maps, right = label_maps(scenes), []
     for key, record in records(run).items():
@@ -124,7 +124,7 @@ def sam_folder(folder: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize("kind", ["sam", "sam2"])
 def test_masks_of_a_tiny_sam(predict, scenes, run, tmp_path, kind):
-    from datamodules.shapes import NOUNS
+    from datamodules._drawing import NOUNS
     from tasks._sam import PointSegmenter
 
     folder = sam_folder(tmp_path / kind, kind)

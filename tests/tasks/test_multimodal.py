@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from datamodules._drawing import draw_scene
 from datamodules.samples import Batch, Sample
-from datamodules.shapes import INFO, draw_scene
+from datamodules.shapes import INFO
 from surgery import load_backbone
 from tasks import BackboneConfig, Multimodal
 from tasks.draw import COLOURS, caption_strip

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from datamodules.shapes import NOUNS, draw_scene
+from datamodules._drawing import NOUNS, draw_scene
 from surgery import load_backbone
 from surgery.features import prediction_surgery
 from tasks.__main__ import main

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
+from datamodules._drawing import NOUNS
 from datamodules.samples import DatasetInfo
-from datamodules.shapes import NOUNS
 from surgery import encode_prompts, load_backbone
 from tasks import Segmentation
 from tasks.__main__ import main
