@@ -5,18 +5,32 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor
 
 from common.errors import InvalidSetting
 from common.pictures import open_picture
 from datamodules._decode import reason_of, to_tensor
-from datamodules.samples import Batch, Encoded, SampleError, stack_alike
+from datamodules.samples import Batch, Encoded, Sample, SampleError
 
 log = logging.getLogger(__name__)
+
+OLDEST = "0.17"
+"""Of TorchCodec; older ones decode while the GPU still writes to the same memory."""
+
+_DEVICE_FAULTS = (
+    "CUDA error",
+    "CUDA out of memory",
+    "NVJPEG_STATUS_ALLOCATOR_FAILURE",
+    "NVJPEG_STATUS_EXECUTION_FAILED",
+    "NVJPEG_STATUS_INTERNAL_ERROR",
+    "NVJPEG_STATUS_ARCH_MISMATCH",
+)
 
 _PIXELS_AT_ONCE = 1 << 25  # 100 MB of uint8, and four times that while one of them is resized
 
@@ -25,13 +39,16 @@ def load_decoder() -> Callable[..., Any]:
     """TorchCodec's JPEG decoder.
 
     Raises:
-        ValueError: it is not installed, or too old.
+        InvalidSetting: it is not installed, or too old.
     """
     try:
         from torchcodec.decoders import decode_jpeg
+
+        if Version(version("torchcodec")) < Version(OLDEST):
+            raise ImportError(f"it is {version('torchcodec')}")
     except (ImportError, RuntimeError, OSError) as error:  # the last two: its libraries don't load
         raise InvalidSetting(
-            "--data.decoder torchcodec needs TorchCodec 0.16 or newer, made for the torch that is "
+            f"--data.decoder torchcodec needs TorchCodec {OLDEST} or newer, made for the torch that is "
             f"installed ({str(error)[:200]}): pip install 'clip-surgery-lightning[gpu-decode]', or "
             "leave the decoder to be pillow"
         ) from None
@@ -45,34 +62,29 @@ def decode_pending(
     """The batch with all images decoded and resized, on ``device``; bad ones become errors.
 
     Resizing is bicubic and antialiased, in float32, rounded to uint8.
+
+    Raises:
+        RuntimeError: the device failed, which is no fault of the images.
     """
-    if not batch.pending:
+    samples: list[Sample | None] = list(batch.samples)
+    waiting = {i: s.image for i, s in enumerate(batch.samples) if isinstance(s.image, Encoded)}
+    if not waiting:
         return batch
-    waiting = [i for i, image in enumerate(batch.pending) if isinstance(image, Encoded)]
-    images: list[Any] = list(batch.pending)
-    originals, errors = list(batch.originals), list(batch.errors)
-    for part in _in_parts(waiting, [height * width for height, width in batch.sizes]):
-        found = _decode([images[i].data for i in part], device, max_pixels)
+    errors = list(batch.errors)
+    for part in _in_parts(waiting, [s.size[0] * s.size[1] for s in batch.samples]):
+        found = _decode([waiting[i].data for i in part], device, max_pixels)
         for i, pixels in zip(part, found, strict=True):
+            sample = batch.samples[i]
             if isinstance(pixels, Exception):
-                errors.append(SampleError(batch.shard, batch.keys[i], reason_of(pixels)))
-                images[i] = None
+                errors.append(SampleError(batch.shard, sample.key, reason_of(pixels)))
+                samples[i] = None
                 continue
-            images[i] = _resize(pixels, images[i].size)
-            if keep_originals:
-                originals[i] = pixels
-    kept = [i for i, image in enumerate(images) if image is not None]
-    return batch._replace(
-        keys=[batch.keys[i] for i in kept],
-        images=stack_alike([images[i] for i in kept]),
-        sizes=[batch.sizes[i] for i in kept],
-        labels=[batch.labels[i] for i in kept],
-        positives=[batch.positives[i] for i in kept],
-        captions=[batch.captions[i] for i in kept],
-        originals=[originals[i] for i in kept],
-        errors=errors,
-        pending=[],
-    )
+            samples[i] = sample._replace(
+                image=_resize(pixels, waiting[i].size),
+                original=pixels if keep_originals else sample.original,
+            )
+    kept = [sample for sample in samples if sample is not None]
+    return Batch.collate(batch.shard, batch.start, batch.total, kept, errors)
 
 
 def _in_parts(indices: Iterable[int], pixels: Sequence[int]) -> Iterator[list[int]]:
@@ -93,17 +105,29 @@ def _decode(
     """uint8 [3,H,W] of each file on the device; what TorchCodec refuses is given to Pillow."""
     decode = load_decoder()
     where = device if device.type == "cuda" else torch.device("cpu")  # there is no other
+    if where.type == "cuda":
+        # The decoder of newer GPUs is hardware of its own, which doesn't wait for what is queued.
+        torch.cuda.current_stream(where).synchronize()
     try:
         return [image.to(device) for image in decode(list(files), mode="RGB", device=where)]
     except RuntimeError as error:
+        if len(files) == 1 and is_devices_fault(error):
+            raise
         reason = str(error)[:60]
-    if len(files) > 1:  # one of them is bad
+    if len(files) > 1:  # one of them is bad, or all are too much at once
         return [found for file in files for found in _decode([file], device, max_pixels)]
     _warn_once(reason)
     try:
-        return [to_tensor(open_picture(files[0], max_pixels)).to(device)]
+        pixels = to_tensor(open_picture(files[0], max_pixels))
     except Exception as error:  # a stranger's bytes may break any decoder in any way
         return [error]
+    return [pixels.to(device)]
+
+
+def is_devices_fault(error: RuntimeError) -> bool:
+    """Whether a GPU failed, out of memory or broken, rather than refused an image."""
+    kinds = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+    return isinstance(error, kinds) or any(sign in str(error) for sign in _DEVICE_FAULTS)
 
 
 @cache

@@ -17,7 +17,6 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from common import signals
@@ -184,24 +183,16 @@ class _Carried(IterableDataset[Any]):
         try:
             for batch in self.stream:
                 try:
-                    _share(batch)
+                    shared = batch.share_memory()
                 except RuntimeError as error:
                     raise LoaderError(
                         f"a loader worker could not hand over a batch ({error}): make room in shared "
                         "memory (/dev/shm; docker run --shm-size), lift a limit on file sizes "
                         "(ulimit -f), or set --data.num_workers 0"
                     ) from error
-                yield batch
+                yield shared
         except Exception as error:
             yield _Failure(error)
-
-
-def _share(value: Any) -> None:
-    if isinstance(value, Tensor):
-        value.share_memory_()
-    elif isinstance(value, list | tuple):
-        for part in value:
-            _share(part)
 
 
 def _begin_worker(give_way: bool, number: int) -> None:

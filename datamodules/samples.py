@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -123,16 +125,29 @@ class SampleError(NamedTuple):
     reason: str
 
 
-class Encoded:
-    """The bytes of an image file that is decoded later, and the (height, width) it gets then.
+@dataclass(frozen=True)
+class Wanted:
+    """What a reader of shards has to know of the model, and of the run.
 
-    A class of its own, not a tuple: Lightning moves batches by walking through all sequences in
-    them, and bytes are one.
+    Args:
+        image_size: (height, width) of the images, where the data set's settings don't say.
+        patch_size: (height, width) of a patch, of which images that keep their aspect ratio have
+            whole ones.
+        originals: whether the images are wanted at their own size too.
+        finished: names of shards that need not be read.
     """
 
-    def __init__(self, data: bytes, size: tuple[int, int]) -> None:
-        self.data = data
-        self.size = size
+    image_size: tuple[int, int] | None = None
+    patch_size: tuple[int, int] = (1, 1)
+    originals: bool = False
+    finished: frozenset[str] = frozenset()
+
+
+class Encoded(NamedTuple):
+    """The bytes of an image file that is decoded later, and the (height, width) it gets then."""
+
+    data: bytes
+    size: tuple[int, int]
 
 
 class Sample(NamedTuple):
@@ -156,61 +171,147 @@ class Sample(NamedTuple):
     original: Tensor | None = None
 
 
-class Batch(NamedTuple):
+_TENSORS = ("image", "label", "original")
+
+
+class _Place(NamedTuple):
+    """Where a tensor is in a buffer: its first byte, type and shape."""
+
+    start: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
     """Consecutive samples of one shard, never of two.
 
-    A named tuple, not a dataclass: Lightning and torch then move and pin its tensors by themselves.
-    ``images`` is [B,3,S,S'] uint8, or a list of B tensors [3,S,S'] where ``--data.resize short_side``
-    left them different sizes; every list has B entries. ``errors`` lists the samples that
-    would have been in this batch, so B may be smaller than the batch size, or 0. The batch stands
-    for the samples from ``start`` on of the ``total`` in its shard (0 if the shard is unreadable).
-    ``pending`` is empty once all images are decoded, as they are before a task sees them.
+    Between processes, to pinned memory and to a GPU all tensors travel as one, with the places of
+    each: a process may have some thousand files open, and a tensor of its own is one of them.
+
+    Args:
+        shard: name of the shard.
+        start: position of the first sample in it.
+        total: samples in the shard, good or bad; 0 if it can't be read.
+        samples: B of them, in order. Before a task sees them, all images are decoded.
+        errors: the samples that would have been in this batch, so B may be smaller than the batch
+            size, or 0.
+        images: uint8 [B,3,S,S'], or a list of B tensors [3,S,S'] where ``--data.resize short_side``
+            left them different sizes, or some are still to be decoded.
     """
 
     shard: str
     start: int
     total: int
-    keys: list[str]
+    samples: tuple[Sample, ...]
+    errors: tuple[SampleError, ...]
     images: Tensor | list[Tensor]
-    sizes: list[tuple[int, int]]
-    labels: list[Tensor | None]
-    positives: list[tuple[int, ...] | None]
-    captions: list[str | None]
-    errors: list[SampleError]
-    originals: list[Tensor | None]
-    pending: list[Tensor | Encoded]
+    _packed: tuple[tuple[Any, ...], Tensor] | None = field(default=None, repr=False)
+
+    @classmethod
+    def collate(
+        cls,
+        shard: str,
+        start: int,
+        total: int,
+        samples: Sequence[Sample],
+        errors: Sequence[SampleError],
+    ) -> Batch:
+        """A batch of samples as they were decoded; their images are stacked if they have one size."""
+        images = [s.image for s in samples if isinstance(s.image, Tensor)]
+        return cls(shard, start, total, tuple(samples), tuple(errors), stack_alike(images))
+
+    @property
+    def keys(self) -> list[str]:
+        """The samples' keys."""
+        return [sample.key for sample in self.samples]
 
     @property
     def end(self) -> int:
         """Position in the shard just after this batch."""
-        return self.start + len(self.keys) + len(self.errors)
+        return self.start + len(self.samples) + len(self.errors)
 
     @property
     def last(self) -> bool:
         """Whether this is the last batch of its shard."""
         return self.end >= self.total
 
-    @classmethod
-    def collate(
-        cls, shard: str, start: int, total: int, samples: list[Sample], errors: list[SampleError]
-    ) -> Batch:
-        """Stack the images of ``samples`` if they have one size; labels keep their own sizes."""
-        images = [s.image for s in samples if isinstance(s.image, Tensor)]
-        decoded = len(images) == len(samples)
-        return cls(
-            shard=shard,
-            start=start,
-            total=total,
-            keys=[s.key for s in samples],
-            images=stack_alike(images if decoded else []),
-            sizes=[s.size for s in samples],
-            labels=[s.label for s in samples],
-            positives=[s.positives for s in samples],
-            captions=[s.caption for s in samples],
-            errors=errors,
-            originals=[s.original for s in samples],
-            pending=[] if decoded else [s.image for s in samples],
-        )
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch on a device; itself if it is there."""
+        if self._buffer().device == torch.device(device):
+            return self
+        return self._moved(lambda buffer: buffer.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The batch in memory that a GPU can fetch it from."""
+        return self._moved(Tensor.pin_memory)
+
+    def share_memory(self) -> Batch:
+        """The batch in memory that other processes can read."""
+        return self._moved(Tensor.share_memory_)
+
+    def __reduce__(self) -> Any:
+        bare, buffer = self._pack()
+        return _unpack, (self.shard, self.start, self.total, bare, self.errors, buffer)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        bare, buffer = self._pack()
+        return _unpack(self.shard, self.start, self.total, bare, self.errors, move(buffer))
+
+    def _buffer(self) -> Tensor:
+        """A tensor of this batch, to ask where it is."""
+        if self._packed:
+            return self._packed[1]
+        return next((t for s in self.samples for t in _tensors(s)), torch.empty(0))
+
+    def _pack(self) -> tuple[tuple[Any, ...], Tensor]:
+        """The samples with places instead of tensors, and the one tensor uint8 [n] that has them all."""
+        if self._packed:
+            return self._packed
+        parts: list[Tensor] = []
+        places: list[dict[str, Any]] = [{} for _ in self.samples]
+        end = 0
+        for name in _TENSORS:  # all images first: then their stack is a part of the buffer
+            for sample, found in zip(self.samples, places, strict=True):
+                tensor = getattr(sample, name)
+                if isinstance(tensor, Tensor):
+                    gap = -end % tensor.element_size()
+                    parts.append(torch.zeros(gap, dtype=torch.uint8, device=tensor.device))
+                    found[name] = _Place(end + gap, tensor.dtype, tensor.shape)
+                    parts.append(tensor.contiguous().flatten().view(torch.uint8))
+                    end += gap + len(parts[-1])
+        bare = tuple(s._replace(**found) for s, found in zip(self.samples, places, strict=True))
+        return bare, torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+
+
+def _unpack(
+    shard: str,
+    start: int,
+    total: int,
+    bare: tuple[Any, ...],  # samples with places in place of tensors
+    errors: tuple[SampleError, ...],
+    buffer: Tensor,
+) -> Batch:
+    def read(place: _Place, *more: int) -> Tensor:
+        size = math.prod((*more, *place.shape)) * place.dtype.itemsize
+        part = buffer[place.start : place.start + size]
+        return part.view(place.dtype).view(*more, *place.shape)
+
+    samples = []
+    for sample in bare:
+        places = {n: p for n in _TENSORS if isinstance(p := getattr(sample, n), _Place)}
+        samples.append(sample._replace(**{name: read(place) for name, place in places.items()}))
+    first = [s.image for s in bare if isinstance(s.image, _Place)]
+    images: Tensor | list[Tensor]
+    if first and len({place.shape for place in first}) == 1:
+        images = read(first[0], len(first))
+    else:
+        images = stack_alike([s.image for s in samples if isinstance(s.image, Tensor)])
+    return Batch(shard, start, total, tuple(samples), errors, images, (bare, buffer))
+
+
+def _tensors(sample: Sample) -> list[Tensor]:
+    return [t for name in _TENSORS if isinstance(t := getattr(sample, name), Tensor)]
 
 
 def stack_alike(images: list[Tensor]) -> Tensor | list[Tensor]:

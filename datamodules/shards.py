@@ -38,7 +38,7 @@ from datamodules._remote import (
 )
 from datamodules._tar import TARS, Entry, ShardError, index_shard
 from datamodules._words import read_names, worded
-from datamodules.samples import Batch, DatasetInfo, Sample, SampleError, Wording
+from datamodules.samples import Batch, DatasetInfo, Sample, SampleError, Wanted, Wording
 
 _PATIENCE = 10  # times --data.timeout, in which a shard is tried again and a batch is decoded
 
@@ -207,7 +207,7 @@ class ShardDataModule(LightningDataModule):
         self.allow_pipe = allow_pipe
         self.part = part
         self.parts = parts
-        self.finished: frozenset[str] = frozenset()
+        self.wanted = Wanted()
         self._folders: dict[Path, dict[str, dict[str, Any]]] = {}
         self._loader: BatchLoader | None = None
         self._spool_folder: SpoolFolder | None = None
@@ -283,7 +283,7 @@ class ShardDataModule(LightningDataModule):
         rank, world = (
             (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         )
-        todo = [shard for shard in self.part_list() if shard[0] not in self.finished]
+        todo = [shard for shard in self.part_list() if shard[0] not in self.wanted.finished]
         return todo[rank::world]
 
     def predict_dataloader(self) -> Loaders:
@@ -303,8 +303,8 @@ class ShardDataModule(LightningDataModule):
             self._size(),
             self.max_pixels,
             resize=self.resize,
-            multiple=self._patch_size(),
-            keep_original=self._keep_originals(),
+            multiple=self.wanted.patch_size,
+            keep_original=self.wanted.originals,
             defer=self.decoder != "pillow",
         )
         device = self._device().type
@@ -322,7 +322,7 @@ class ShardDataModule(LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Decode on the model's device what the workers left to it."""
-        return decode_pending(batch, self._device(), self.max_pixels, self._keep_originals())
+        return decode_pending(batch, self._device(), self.max_pixels, self.wanted.originals)
 
     def stream(self, shards: list[tuple[str, str]], decoder: Decoder, spool: Spool) -> ShardStream:
         """What the loader workers iterate over."""
@@ -352,29 +352,24 @@ class ShardDataModule(LightningDataModule):
     def _device(self) -> torch.device:
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
-    def _keep_originals(self) -> bool:
-        task = self.trainer and self.trainer.lightning_module
-        return getattr(task, "wants_originals", False)
-
     def _workers(self) -> int:
         if self.num_workers is not None:
             return self.num_workers
-        local_ranks = self.trainer.num_devices if self.trainer else 1
-        return min(8, len(os.sched_getaffinity(0)) // local_ranks) if _has_affinity() else 0
+        if not hasattr(os, "sched_getaffinity"):
+            return 0  # not Linux: starting workers costs seconds
+        cores = len(os.sched_getaffinity(0))
+        on_node = int(os.environ.get("SLURM_CPUS_ON_NODE", 0))
+        if cores < on_node:
+            return min(8, cores)  # SLURM has given each rank cores of its own
+        return min(8, cores // (self.trainer.num_devices if self.trainer else 1))
 
     def _size(self) -> tuple[int, int]:
-        size: Any = self.image_size
+        size = self.image_size or self.wanted.image_size
         if size is None:
-            size = (
-                getattr(self.trainer.lightning_module, "image_size", 224) if self.trainer else 224
+            raise InvalidSetting(
+                "--data.image_size: say how large images shall be, where no model does"
             )
         return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-    def _patch_size(self) -> tuple[int, int]:
-        backbone = (
-            getattr(self.trainer.lightning_module, "backbone", None) if self.trainer else None
-        )
-        return getattr(backbone, "patch_size", (1, 1))
 
 
 class Loaders(CombinedLoader):
@@ -407,10 +402,6 @@ def _sizes(folder: str) -> list[tuple[str, int]]:
         with suppress(OSError):  # it was read meanwhile
             found.append((entry.name, entry.stat().st_size))
     return sorted(found)
-
-
-def _has_affinity() -> bool:
-    return hasattr(os, "sched_getaffinity")  # Linux; elsewhere starting workers costs seconds
 
 
 def expand_shards(shards: str | list[str], *, allow_pipe: bool = False) -> list[str]:

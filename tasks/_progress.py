@@ -37,7 +37,7 @@ class ImageProgress(ProgressBar):
             return
         counts = pl_module.datamodule.sample_counts()
         mine = [name for name, _ in pl_module.datamodule.share()]
-        done = sum(counts.get(name, 0) for name in pl_module.datamodule.finished)
+        done = sum(counts.get(name, 0) for name in pl_module.datamodule.wanted.finished)
         known = all(name in counts for name in mine)
         total = done + sum(counts[name] for name in mine) if known else None
         self._bar = tqdm(
@@ -55,7 +55,7 @@ class ImageProgress(ProgressBar):
     ) -> None:
         """Count a batch."""
         if self._bar is not None:
-            self._bar.update(len(batch.keys) + len(batch.errors))
+            self._bar.update(batch.end - batch.start)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the bar."""

@@ -110,8 +110,8 @@ class Analysis(Task):
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
         """All numbers of each image, and its pictures where they are wanted."""
         return [
-            self._look_at(key, image, batch.positives[i] or (), batch.labels[i], batch.sizes[i])
-            for i, (key, image) in enumerate(zip(batch.keys, batch.images, strict=True))
+            self._look_at(sample.key, image, sample.positives or (), sample.label, sample.size)
+            for sample, image in zip(batch.samples, batch.images, strict=True)
         ]
 
     def _look_at(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -79,7 +79,7 @@ class Task(LightningModule):
     """Whether the run wants pictures too (``--writer.overlays``)."""
 
     wants_originals: bool = False
-    """Whether the task also reads the images at their own size (``Batch.originals``)."""
+    """Whether the task also reads the images at their own size (``Sample.original``)."""
 
     needs: tuple[str, ...] = ()
     """What a data set must have for this task: "classes", "mask", "positives", "captions"."""
@@ -111,11 +111,6 @@ class Task(LightningModule):
         """The data set that is being processed."""
         return self.datamodule.info
 
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) of the images that the backbone wants."""
-        return self.backbone.image_size
-
     def setup(self, stage: str) -> None:
         """Load the backbone and encode the class texts; on every process alike."""
         self.check_data(self.datamodule)
@@ -126,6 +121,12 @@ class Task(LightningModule):
         compiled = options.pop("compile")
         batch = self.datamodule.batch_size if compiled else None
         self.backbone = load_backbone(**options, static_batch=batch)
+        self.datamodule.wanted = replace(
+            self.datamodule.wanted,
+            image_size=self.backbone.image_size,
+            patch_size=self.backbone.patch_size,
+            originals=self.wants_originals,
+        )
         self.measures = self.new_measures()
         self.configure_texts()
 

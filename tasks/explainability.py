@@ -72,8 +72,8 @@ class Explainability(Task):
 
     def setup(self, stage: str) -> None:
         """Load the backbone; the images at their own size are only read to be drawn on."""
-        super().setup(stage)
         self.wants_originals = self.draws
+        super().setup(stage)
 
     def configure_texts(self) -> None:
         """Class texts; a single class is compared with the empty text, there being no other."""
@@ -86,18 +86,18 @@ class Explainability(Task):
         """Maps and masks of the positive labels of each image, similarities of all classes."""
         results = []
         raw = self.encode_images(batch.images, "raw") if self.baseline else []
-        for i, tokens in enumerate(self.encode_images(batch.images)):
+        encoded = self.encode_images(batch.images)
+        for i, (sample, tokens) in enumerate(zip(batch.samples, encoded, strict=True)):
             scores = self._similarity(tokens.patch_tokens, tokens.class_token)
-            shown = batch.positives[i]
+            shown = sample.positives
             shown = tuple(range(scores.shape[2])) if shown is None else shown
-            enlarge = partial(self._maps, shown=shown, grid=tokens.grid, size=batch.sizes[i])
+            enlarge = partial(self._maps, shown=shown, grid=tokens.grid, size=sample.size)
             maps = {"": enlarge(scores)}
             if raw and self.text is not None:
                 maps[RAW] = enlarge(similarity(raw[i].patch_tokens, self.text))
-            self.measures.update(maps, batch.labels[i], shown)
-            original = batch.originals[i]
-            image = batch.images[i] if original is None else original
-            results.append(self._result(batch.keys[i], image, scores[0], tokens.grid, shown, maps))
+            self.measures.update(maps, sample.label, shown)
+            image = batch.images[i] if sample.original is None else sample.original
+            results.append(self._result(sample.key, image, scores[0], tokens.grid, shown, maps))
         return results
 
     def _maps(

@@ -70,14 +70,13 @@ class Interactive(Task):
         self.threshold = threshold
         self.down_sample = down_sample
         self.redundant: Any = redundant
-        self.wants_originals = sam is not None
         self.segmenter: PointSegmenter | None = None
         self.register_buffer("empty", None, persistent=False)
 
     def setup(self, stage: str) -> None:
         """Load the backbone and SAM."""
-        super().setup(stage)
         self.wants_originals = self.sam is not None or self.draws
+        super().setup(stage)
         if self.sam is not None:
             self.segmenter = PointSegmenter(self.sam)
 
@@ -101,20 +100,16 @@ class Interactive(Task):
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
         """Points, and masks with SAM, of the positive labels of each image."""
-        if not batch.keys:
-            return []
         results = []
-        for i, tokens in enumerate(self.encode_images(batch.images)):
-            positives = batch.positives[i]
-            shown = tuple(range(len(self.info.classes))) if positives is None else positives
-            prompts = [self.points(tokens, index, batch.sizes[i]) for index in shown]
-            masks = self._masks(batch.originals[i], prompts)
-            self.measures.update(prompts, [mask for mask, _ in masks], batch.labels[i], shown)
-            original = batch.originals[i]
-            image = batch.images[i] if original is None else original
-            results.append(
-                self._result(batch.keys[i], image, batch.sizes[i], shown, prompts, masks)
-            )
+        encoded = self.encode_images(batch.images)
+        for i, (sample, tokens) in enumerate(zip(batch.samples, encoded, strict=True)):
+            shown = sample.positives
+            shown = tuple(range(len(self.info.classes))) if shown is None else shown
+            prompts = [self.points(tokens, index, sample.size) for index in shown]
+            masks = self._masks(sample.original, prompts)
+            self.measures.update(prompts, [mask for mask, _ in masks], sample.label, shown)
+            image = batch.images[i] if sample.original is None else sample.original
+            results.append(self._result(sample.key, image, sample.size, shown, prompts, masks))
         return results
 
     def points(

@@ -50,16 +50,17 @@ class Multimodal(Task):
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
         """Scores and ranks of each caption's tokens, and the map of the best one."""
-        if not batch.keys:
+        if not batch.samples:
             return []
         tokenizer = self.backbone.tokenizer
-        captions = [caption or "" for caption in batch.captions]
+        captions = [sample.caption or "" for sample in batch.samples]
         texts = tokenise(tokenizer, captions, self.backbone.context_length)
         features = self.backbone.encode_text_tokens(texts.ids.to(self.backbone.device))
         results = []
-        for i, tokens in enumerate(self.encode_images(batch.images)):
-            if batch.captions[i] is None:
-                results.append(ImageResult(batch.keys[i], (Facts({"caption": None}),)))
+        encoded = self.encode_images(batch.images)
+        for i, (sample, tokens) in enumerate(zip(batch.samples, encoded, strict=True)):
+            if sample.caption is None:
+                results.append(ImageResult(sample.key, (Facts({"caption": None}),)))
                 continue
             ids, words = texts.ids[i, : texts.lengths[i]], features[i, : texts.lengths[i]]
             scores = token_similarity(tokens.class_token, words[None])[0]
@@ -75,19 +76,19 @@ class Multimodal(Task):
             )
             answer = (
                 said,
-                Facts({"size": list(batch.sizes[i])}),
+                Facts({"size": list(sample.size)}),
                 Similarities(
                     found.unflatten(0, tokens.grid).half().cpu().numpy()[None], single=True
                 ),
             )
             draw = None
             if self.draws:
-                values = similarity_map(found[None, :, None], tokens.grid, batch.sizes[i])[0, 0]
+                values = similarity_map(found[None, :, None], tokens.grid, sample.size)[0, 0]
                 best = order[:TOP].tolist()
                 draw = partial(
                     draw_figure, batch.images[i].cpu(), values.cpu(), list(said.tokens), best
                 )
-            results.append(ImageResult(batch.keys[i], answer, draw))
+            results.append(ImageResult(sample.key, answer, draw))
         return results
 
     def _similarity(self, tokens: ImageTokens, text: Tensor) -> Tensor:

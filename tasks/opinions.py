@@ -88,8 +88,8 @@ class Opinions(Task):
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
         """Words of each image, and maps of the most frequent."""
         return [
-            self._opinion(key, image, size)
-            for key, image, size in zip(batch.keys, batch.images, batch.sizes, strict=True)
+            self._opinion(sample.key, image, sample.size)
+            for sample, image in zip(batch.samples, batch.images, strict=True)
         ]
 
     def _opinion(self, key: str, image: Tensor, size: tuple[int, int]) -> ImageResult:

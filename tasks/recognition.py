@@ -93,20 +93,20 @@ class Recognition(Task):
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
         """Scores of all classes, each way, for each image."""
-        if not batch.keys:
+        if not batch.samples:
             return []
         scores = self.score(self.predictions(self.encode_images(batch.images)))
-        known = [i for i, positives in enumerate(batch.positives) if positives is not None]
-        truth = torch.zeros(len(batch.keys), len(self.info.classes), dtype=torch.bool)
+        known = [i for i, sample in enumerate(batch.samples) if sample.positives is not None]
+        truth = torch.zeros(len(batch.samples), len(self.info.classes), dtype=torch.bool)
         for i in known:
-            truth[i, list(batch.positives[i] or ())] = True
+            truth[i, list(batch.samples[i].positives or ())] = True
         truth = truth.to(self.device)
         labelled = {way: values[known] for way, values in scores.items()}
         self.measures.update(labelled, truth[known])
         written = {way: values.float().cpu().numpy() for way, values in scores.items()}
         return [
-            self._result(key, {way: values[i] for way, values in written.items()}, truth[i])
-            for i, key in enumerate(batch.keys)
+            self._result(sample.key, {way: values[i] for way, values in written.items()}, truth[i])
+            for i, sample in enumerate(batch.samples)
         ]
 
     def configure_texts(self) -> None:

@@ -131,15 +131,15 @@ class Segmentation(Task):
         scores = view_similarities(self.backbone, images, views, self.text)
         scale = None if self.prob_thd is None else self.logit_scale
         results = []
-        for i, key in enumerate(batch.keys):
+        for i, sample in enumerate(batch.samples):
             word, probability = best_text(
-                scores[i], views[i], sizes[i], batch.sizes[i], self.backbone.patch_size, scale=scale
+                scores[i], views[i], sizes[i], sample.size, self.backbone.patch_size, scale=scale
             )
             predicted = self.values[word]
             if probability is not None and self.prob_thd is not None:
                 predicted = predicted.where(probability >= self.prob_thd, 0)
-            self.measures.update(predicted, batch.labels[i], batch.positives[i] or ())
-            results.append(self._result(key, images[i], predicted, len(views[i])))
+            self.measures.update(predicted, sample.label, sample.positives or ())
+            results.append(self._result(sample.key, images[i], predicted, len(views[i])))
         return results
 
     def _result(self, key: str, image: Tensor, predicted: Tensor, views: int) -> ImageResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
@@ -96,7 +96,7 @@ class ResultWriter(BasePredictionWriter):
         described, finished = trainer.strategy.broadcast(opened, src=0)
         if not trainer.is_global_zero:
             self.run = Run(self.output, described)
-        data.finished = frozenset(finished)
+        data.wanted = replace(data.wanted, finished=frozenset(finished))
 
     def _describe(self, task: Task) -> dict[str, Any]:
         """What ``run.json`` holds, as far as it is known before the weights are loaded."""

@@ -261,3 +261,15 @@ def fake_gcc3m(folder: Path) -> dict[str, str | None]:
 def write_list(path: Path, ids) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{i}\n" for i in ids))
+
+
+def repeated(shard: Path, target: Path, times: int) -> Path:
+    """A shard with the samples of another one, many times under other keys."""
+    with tarfile.open(shard) as source, tarfile.open(target, "w") as tar:
+        members = [(m, source.extractfile(m).read()) for m in source]
+        for i in range(times):
+            for member, data in members:
+                copy = tarfile.TarInfo(f"{i}_{member.name}")
+                copy.size = len(data)
+                tar.addfile(copy, io.BytesIO(data))
+    return target

@@ -166,8 +166,8 @@ def test_img2dataset_shards_are_read_as_they_are(tmp_path):
     assert data.sample_counts() == {"00000": 3}
     (batch,) = data.loader()
     assert batch.keys == ["000000", "000003", "000002"]
-    assert batch.captions[1] == "caption of 000003"
-    assert batch.labels == [None] * 3
+    assert batch.samples[1].caption == "caption of 000003"
+    assert [sample.label for sample in batch.samples] == [None] * 3
     assert GCC3M(str(tmp_path), names=["cat"]).info.classes == ("cat",)
 
 

@@ -64,9 +64,7 @@ def test_every_label_pixel_comes_through(name, fake, tmp_path):
     assert [key for batch in batches for key in batch.keys] == sorted(truth)
     for batch in batches:
         assert isinstance(batch.images, torch.Tensor)
-        for key, label, positives, size in zip(
-            batch.keys, batch.labels, batch.positives, batch.sizes, strict=True
-        ):
+        for key, _, size, label, positives, *_ in batch.samples:
             wanted = truth[key]
             if isinstance(wanted, tuple):
                 assert (label, positives) == (None, wanted)
@@ -114,8 +112,9 @@ def test_crowds_can_count_as_foreground(tmp_path):
     fake_coco(tmp_path / "source")
     convert("coco", tmp_path / "source", tmp_path / "shards", "--crowd", "foreground")
     _, batches = stream("coco", tmp_path / "shards")
-    assert batches[0].positives[1] == (0, 2)
-    assert set(np.unique(batches[0].labels[1]).tolist()) == {0, 1}
+    crowd = batches[0].samples[1]
+    assert crowd.positives == (0, 2)
+    assert set(np.unique(crowd.label).tolist()) == {0, 1}
 
 
 def test_a_value_that_the_maps_may_not_have_is_named(tmp_path, capsys):
