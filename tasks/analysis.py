@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from surgery.analysis import (
     map_likeness,
     strongest,
 )
+from surgery.texts import empty_text
 from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks.draw import heat_maps, mark_cell
 from tasks.measures.analysis import DISTANCES, SELECTIONS, STAGES, AnalysisMeasures
@@ -76,9 +78,6 @@ class Analysis(Task):
     measured_by = AnalysisMeasures
     measures: AnalysisMeasures
 
-    empty: Tensor | None
-    """[1,C] feature of the empty text."""
-
     def __init__(
         self,
         backbone: BackboneConfig = DEFAULT_BACKBONE,
@@ -97,15 +96,13 @@ class Analysis(Task):
         self.redundancy = redundancy
         if not selection:
             self.needs = ("classes", "positives")
-        self.register_buffer("empty", None, persistent=False)
 
     def configure_texts(self) -> None:
         """Class texts, and the empty one; a backbone without blocks is refused here already."""
         if self.selection or self.affinity:
             check_blocks(self.backbone)
         super().configure_texts()
-        tokenizer = self.backbone.tokenizer
-        self.empty = self.backbone.encode_text(tokenizer([""]).to(self.backbone.device))
+        self.texts = self.texts and replace(self.texts, empty=empty_text(self.backbone))
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
         """All numbers of each image, and its pictures where they are wanted."""
@@ -157,9 +154,9 @@ class Analysis(Task):
         self, pixels: Tensor, inside: Inside | None, positives: tuple[int, ...]
     ) -> Cosines:
         """Cosines on the token grid, plain CLIP's and those of the reformed attention."""
-        assert self.text is not None
-        assert self.empty is not None  # both are set before the first batch
-        text = torch.cat([self.text[list(positives)], self.empty])
+        assert self.texts is not None
+        assert self.texts.empty is not None  # both are set before the first batch
+        text = torch.cat([self.texts.features[list(positives)], self.texts.empty])
         reformed = self.backbone.encode_image(pixels)
         if inside is not None:
             plain = inside.tokens
@@ -173,14 +170,15 @@ class Analysis(Task):
 
     def _affinity(self, inside: Inside, positives: tuple[int, ...]) -> dict[str, Tensor]:
         """The modules' affinity [2, 2 * blocks] with positive labels, the final class token's [2]."""
-        assert self.text is not None
+        assert self.texts is not None
+        text = self.texts.features
         chosen = list(positives)
-        rest = [i for i in range(len(self.text)) if i not in positives]
+        rest = [i for i in range(len(text)) if i not in positives]
         modules = torch.stack([inside.modules[0], inside.normed_modules[0]]).flatten(1, 2)
         final = inside.tokens.class_token[0]
         return {
-            "modules": affinity(modules, self.text[chosen]),
-            "final": torch.stack([affinity(final, self.text[rows]) for rows in (chosen, rest)]),
+            "modules": affinity(modules, text[chosen]),
+            "final": torch.stack([affinity(final, text[rows]) for rows in (chosen, rest)]),
         }
 
 

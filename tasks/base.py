@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -16,7 +17,7 @@ from common.errors import InvalidSetting
 from datamodules import DATASETS
 from datamodules.samples import DatasetInfo
 from datamodules.shards import ShardDataModule
-from surgery import Backbone, ImageTokens, encode_prompts, load_backbone
+from surgery import Backbone, ImageTokens, Texts, explain, load_backbone
 from tasks import TASKS
 from tasks._texts import read_text_features
 from tasks.measures import Measures
@@ -84,8 +85,8 @@ class Task(LightningModule):
     needs: tuple[str, ...] = ()
     """What a data set must have for this task: "classes", "mask", "positives", "captions"."""
 
-    text: Tensor | None
-    """[T,C] unit features of the class texts."""
+    texts: Texts | None = None
+    """The class texts, unit features [T,C]; no part of the network, so no precision is theirs."""
 
     def __init__(
         self, backbone: BackboneConfig = DEFAULT_BACKBONE, text_features: str | None = None
@@ -94,7 +95,6 @@ class Task(LightningModule):
         self.config = backbone
         self.text_features = text_features
         self.backbone: Backbone
-        self.register_buffer("text", None, persistent=False)
 
     @property
     def datamodule(self) -> ShardDataModule:
@@ -116,7 +116,8 @@ class Task(LightningModule):
         self.check_data(self.datamodule)
         if self.text_features:  # before the weights: a file that doesn't fit is refused at once
             aliases = dict(zip(self.info.prompts, self.info.classes, strict=True))
-            self.text = read_text_features(self.text_features, self.words(self.info), aliases)
+            found = read_text_features(self.text_features, self.words(self.info), aliases)
+            self.texts = Texts(found)
         options = asdict(self.config)
         compiled = options.pop("compile")
         batch = self.datamodule.batch_size if compiled else None
@@ -169,16 +170,16 @@ class Task(LightningModule):
         return {"backbone": asdict(self.config), **{name: getattr(self, name) for name in ours}}
 
     def words(self, info: DatasetInfo) -> list[str]:
-        """The words whose features are the rows of ``text``; one a class."""
+        """The words whose features are the rows of ``texts``; one a class."""
         return list(info.prompts)
 
     def configure_texts(self) -> None:
         """Encode the class texts once, where no file gave their features."""
         words = self.words(self.info)
         if words and not self.text_features:
-            self.text = encode_prompts(self.backbone, self.backbone.tokenizer, words)
-        if self.text is not None and self.text_features:
-            self.check_features(self.text_features, self.text)
+            self.texts = Texts.encode(self.backbone, words)
+        if self.texts is not None and self.text_features:
+            self.check_features(self.text_features, self.texts.features)
 
     def check_features(self, path: str, features: Tensor) -> None:
         """Refuse features [T,C] from a file that are of another backbone.
@@ -192,30 +193,51 @@ class Task(LightningModule):
                 f"{self.backbone.embed_dim}: they are of another backbone"
             )
 
-    def encode_images(
-        self, images: Tensor | list[Tensor], attention: str | None = None
-    ) -> list[ImageTokens]:
-        """Tokens of each of B images (of 1 each), which may differ in size.
+    def pixels(self, images: Tensor | list[Tensor]) -> list[Tensor]:
+        """B images uint8 as normalised batches: a single one, or one an image where sizes differ."""
+        batches = [image[None] for image in images] if isinstance(images, list) else [images]
+        return [self.backbone.preprocess(batch) for batch in batches if len(batch)]
 
-        ``attention`` reads the backbone by another recipe than its own.
-        """
-        backbone = self.backbone.with_attention(attention) if attention else self.backbone
-        if isinstance(images, list):
-            return [backbone.encode_image(backbone.preprocess(image[None])) for image in images]
-        if not len(images):
-            return []
-        tokens = backbone.encode_image(backbone.preprocess(images))
+    def encode_images(self, images: Tensor | list[Tensor]) -> list[ImageTokens]:
+        """Tokens of each of B images (of 1 each), which may differ in size."""
+        found = [self.backbone.encode_image(batch) for batch in self.pixels(images)]
         return [
-            ImageTokens(tokens.class_token[i : i + 1], tokens.patch_tokens[i : i + 1], tokens.grid)
-            for i in range(len(images))
+            ImageTokens(class_token, patch_tokens, tokens.grid)
+            for tokens in found
+            for class_token, patch_tokens in zip(
+                tokens.class_token.split(1), tokens.patch_tokens.split(1), strict=True
+            )
         ]
+
+    def explain_images(
+        self, images: Tensor | list[Tensor], methods: Mapping[str, Mapping[str, Any]]
+    ) -> list[dict[str, Tensor]]:
+        """Similarities of each of B images with the class texts, by several methods.
+
+        Args:
+            images: uint8, which may differ in size.
+            methods: name, see `surgery.explain` -> its options.
+
+        Returns:
+            Name -> [T,h,w], of each image.
+        """
+        assert self.texts is not None  # needs = ("classes",)
+        found: list[dict[str, Tensor]] = []
+        for batch in self.pixels(images):
+            maps = {
+                name: explain(self.backbone, batch, self.texts, name, **options)
+                for name, options in methods.items()
+            }
+            found += [{name: of[i] for name, of in maps.items()} for i in range(len(batch))]
+        return found
 
     def new_measures(self) -> Measures:
         """Empty measures of this task on this data set."""
         return self.measured_by.of(self.info, self.settings())
 
     def on_predict_start(self) -> None:
-        """Measure where the tokens are; Apple's GPUs have no float64."""
+        """Compare and measure where the tokens are; Apple's GPUs have no float64."""
+        self.texts = self.texts and self.texts.to(self.device)
         self.measures.to(torch.device("cpu") if self.device.type == "mps" else self.device)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -13,20 +15,23 @@ from torch import Tensor
 from common.errors import InvalidSetting
 from datamodules.samples import Batch, DatasetInfo
 from datamodules.shards import ShardDataModule
-from surgery import ImageTokens, encode_prompts, feature_surgery
+from surgery import encode_prompts
+from surgery.methods import check_methods
 from surgery.points import combined_points
+from surgery.texts import empty_text
 from tasks._sam import PointSegmenter, need_transformers
 from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks.draw import point_figure
 from tasks.measures.interactive import InteractiveMeasures
-from tasks.run.results import ImageResult, Masks, Points, slug
+from tasks.run.results import ByMethod, ImageResult, Masks, Points, slug
 
 
 class Interactive(Task):
     """Where would one click for each text? Points, SAM's masks of them, and how good both are.
 
     One text at a time: its map is that of feature surgery with the empty text's feature as the
-    redundant one. The map's strongest places become positive points and its weakest ones negative.
+    redundant one, or that of another method. The map's strongest places become positive points and
+    its weakest ones negative.
     Texts joined by ``+`` (``--data.names "[person+bench]"``) ask for their union, as in the released
     demo: positive points of each text's map, negative ones of the mean map.
 
@@ -35,6 +40,8 @@ class Interactive(Task):
 
     Args:
         backbone: which CLIP, and how it is read.
+        methods: what explains the images, see ``lightning list methods``; each one's points are
+            measured and written under its own name, and the first one gives the headline.
         sam: weights of SAM or SAM 2: a name on the Hugging Face hub (facebook/sam-vit-huge,
             facebook/sam2.1-hiera-large, ...) or a folder; needs the extra ``[sam]``.
         threshold: map value in [0, 1] from which a place is a positive point.
@@ -49,12 +56,10 @@ class Interactive(Task):
     measured_by = InteractiveMeasures
     measures: InteractiveMeasures
 
-    empty: Tensor | None
-    """[1,C] feature of the empty text."""
-
     def __init__(
         self,
         backbone: BackboneConfig = DEFAULT_BACKBONE,
+        methods: Sequence[str] = ("surgery",),
         sam: str | None = None,
         threshold: float = 0.8,
         down_sample: int = 2,
@@ -66,12 +71,12 @@ class Interactive(Task):
             raise InvalidSetting(f"--model.threshold is a map value in [0, 1], got {threshold}")
         if down_sample < 1:
             raise InvalidSetting(f"--model.down_sample must be at least 1, got {down_sample}")
+        self.methods = check_methods(methods)
         self.sam = sam
         self.threshold = threshold
         self.down_sample = down_sample
         self.redundant: Any = redundant
         self.segmenter: PointSegmenter | None = None
-        self.register_buffer("empty", None, persistent=False)
 
     def setup(self, stage: str) -> None:
         """Load the backbone and SAM."""
@@ -93,38 +98,56 @@ class Interactive(Task):
     def configure_texts(self) -> None:
         """Features of all words, and of the empty text."""
         super().configure_texts()
+        assert self.texts is not None  # needs = ("classes",)
+        empty = empty_text(self.backbone)
         if self.redundant == "templates":
-            self.empty = encode_prompts(self.backbone, self.backbone.tokenizer, [""])
-        else:
-            self.empty = self.backbone.encode_text(self.backbone.tokenizer([""]))
+            empty = encode_prompts(self.backbone, self.backbone.tokenizer, [""])
+        self.texts = replace(self.texts, empty=empty)
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
         """Points, and masks with SAM, of the positive labels of each image."""
+        methods = {name: {"alone": True} if name == "surgery" else {} for name in self.methods}
         results = []
-        encoded = self.encode_images(batch.images)
-        for i, (sample, tokens) in enumerate(zip(batch.samples, encoded, strict=True)):
-            shown = sample.positives
+        explained = self.explain_images(batch.images, methods)
+        for i, (sample, similarities) in enumerate(zip(batch.samples, explained, strict=True)):
+            shown, size = sample.positives, sample.size
             shown = tuple(range(len(self.info.classes))) if shown is None else shown
-            prompts = [self.points(tokens, index, sample.size) for index in shown]
-            masks = self._masks(sample.original, prompts)
-            self.measures.update(prompts, [mask for mask, _ in masks], sample.label, shown)
+            prompts = {
+                method: [self.points(scores, index, size) for index in shown]
+                for method, scores in similarities.items()
+            }
+            # At once, so that SAM looks at the image once.
+            masks = iter(self._masks(sample.original, [p for of in prompts.values() for p in of]))
+            found = {method: list(islice(masks, len(of))) for method, of in prompts.items()}
+            masked = {method: [mask for mask, _ in of] for method, of in found.items()}
+            self.measures.update(prompts, masked, sample.label, shown)
+            points = {m: self._points(size, shown, prompts[m], found[m]) for m in self.methods}
             image = batch.images[i] if sample.original is None else sample.original
-            results.append(self._result(sample.key, image, sample.size, shown, prompts, masks))
+            draw = partial(draw_points, image.cpu(), points, shown) if self.draws else None
+            said = ByMethod({method: (of,) for method, of in points.items()})
+            results.append(ImageResult(sample.key, (said,), draw))
         return results
 
     def points(
-        self, tokens: ImageTokens, index: int, size: tuple[int, int]
+        self, similarities: Tensor, index: int, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """Points [K,2] (x, y) of one class on an image of size (H, W), and their labels [K]."""
-        assert self.text is not None  # needs = ("classes",)
+        """Points [K,2] (x, y) of one class on an image of size (H, W), and their labels [K].
+
+        Args:
+            similarities: [T,h,w], of all words of all prompts.
+            index: of the class.
+            size: of the image.
+        """
         groups = texts_of(self.info)
         first = sum(len(group) for group in groups[:index])
-        text = self.text[first : first + len(groups[index])]
-        similarity = feature_surgery(
-            tokens.patch_tokens, tokens.class_token, text, redundant=self.empty
-        )[0]
+        scores = similarities[first : first + len(groups[index])]
+        grid = (scores.shape[1], scores.shape[2])
         points, labels = combined_points(
-            similarity, tokens.grid, size, threshold=self.threshold, down_sample=self.down_sample
+            scores.flatten(1).T,
+            grid,
+            size,
+            threshold=self.threshold,
+            down_sample=self.down_sample,
         )
         return points.cpu(), labels.cpu()
 
@@ -138,35 +161,34 @@ class Interactive(Task):
         nothing = torch.zeros(original.shape[1:], dtype=torch.bool), 0.0
         return [next(asked) if len(labels) else nothing for _, labels in prompts]
 
-    def _result(
+    def _points(
         self,
-        key: str,
-        image: Tensor,
         size: tuple[int, int],
         shown: tuple[int, ...],
         prompts: list[tuple[Tensor, Tensor]],
         masks: list[tuple[Tensor, float]],
-    ) -> ImageResult:
+    ) -> Points:
         names = [self.info.classes[index] for index in shown]
-        found = Points(
+        return Points(
             size,
             {name: points.tolist() for name, (points, _) in zip(names, prompts, strict=True)},
             {name: labels.tolist() for name, (_, labels) in zip(names, prompts, strict=True)},
             Masks(names, shown, np.stack([mask.numpy() for mask, _ in masks])) if masks else None,
             [score for _, score in masks],
         )
-        draw = partial(draw_points, image.cpu(), found, shown) if self.draws else None
-        return ImageResult(key, (found,), draw)
 
 
-def draw_points(image: Tensor, found: Points, numbers: Sequence[int]) -> dict[str, np.ndarray]:
-    """The points of each text on the image, with its mask if there is one."""
+def draw_points(
+    image: Tensor, found: dict[str, Points], numbers: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """Each method's points of each text on the image, with its mask if there is one."""
     pictures = {}
-    for i, (name, number) in enumerate(zip(found.points, numbers, strict=True)):
-        mask = found.masks.masks[i] if found.masks else None
-        pictures[f"points.{number:03d}-{slug(name)}.jpg"] = point_figure(
-            image, found.size, found.points[name], found.labels[name], mask
-        )
+    for method, points in found.items():
+        for i, (name, number) in enumerate(zip(points.points, numbers, strict=True)):
+            mask = points.masks.masks[i] if points.masks else None
+            pictures[f"{method}.points.{number:03d}-{slug(name)}.jpg"] = point_figure(
+                image, points.size, points.points[name], points.labels[name], mask
+            )
     return pictures
 
 

@@ -8,7 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from datamodules.samples import Batch
-from surgery import feature_surgery, similarity, similarity_map
+from surgery import Texts, feature_surgery, similarity, similarity_map
+from surgery.texts import empty_text
 from surgery.tokens import rank_tokens, readable, token_similarity, tokenise
 from surgery.towers import ImageTokens
 from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
@@ -35,18 +36,14 @@ class Multimodal(Task):
     measured_by = MultimodalMeasures
     measures: MultimodalMeasures
 
-    empty: Tensor | None
-    """[1,C] feature of the empty text."""
-
     def __init__(self, backbone: BackboneConfig = DEFAULT_BACKBONE, redundant: bool = True) -> None:
         super().__init__(backbone)
         self.redundant = redundant
-        self.register_buffer("empty", None, persistent=False)
 
     def configure_texts(self) -> None:
         """Captions come with the images; only the empty text is known before."""
-        tokenizer = self.backbone.tokenizer
-        self.empty = self.backbone.encode_text(tokenizer([""]).to(self.backbone.device))
+        empty = empty_text(self.backbone)  # also in place of classes, of which there are none
+        self.texts = Texts(empty, empty)
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
         """Scores and ranks of each caption's tokens, and the map of the best one."""
@@ -92,9 +89,12 @@ class Multimodal(Task):
         return results
 
     def _similarity(self, tokens: ImageTokens, text: Tensor) -> Tensor:
+        assert self.texts is not None  # set before the first batch
         if not self.redundant:
             return similarity(tokens.patch_tokens, text)
-        return feature_surgery(tokens.patch_tokens, tokens.class_token, text, redundant=self.empty)
+        return feature_surgery(
+            tokens.patch_tokens, tokens.class_token, text, redundant=self.texts.empty
+        )
 
 
 def draw_figure(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.errors import InvalidSetting
 from datamodules.samples import Batch
-from surgery import encode_prompts, feature_surgery, similarity_map
+from surgery import Texts, encode_prompts, feature_surgery, similarity_map
 from surgery.opinions import Ascent, ascend, mean_feature, seed_from, views, word_frequencies
 from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks.explainability import draw_maps
@@ -72,18 +72,12 @@ class Opinions(Task):
         self.seed = seed
         self.micro_batch = micro_batch
         self.explained = explained
-        self.register_buffer("empty", None, persistent=False)
 
     measured_by = OpinionsMeasures
     measures: OpinionsMeasures
 
-    empty: Tensor | None
-    """[1,C] feature of the empty text, for images of which there is a single word."""
-
     def configure_texts(self) -> None:
-        """The words are found image by image; only the empty text is known before."""
-        tokenizer = self.backbone.tokenizer
-        self.empty = self.backbone.encode_text(tokenizer([""]).to(self.backbone.device))
+        """There are none yet: the words are found image by image."""
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
         """Words of each image, and maps of the most frequent."""
@@ -142,6 +136,6 @@ class Opinions(Task):
         """Similarities [1,N,T] of an image uint8 [3,S,S'] and words; the grid."""
         tokens = self.backbone.encode_image(self.backbone.preprocess(image[None]))
         text = encode_prompts(self.backbone, self.backbone.tokenizer, words, cache_dir=False)
-        redundant = self.empty if len(words) == 1 else None
+        redundant = Texts(text).redundant(self.backbone)
         scores = feature_surgery(tokens.patch_tokens, tokens.class_token, text, redundant=redundant)
         return scores, tokens.grid

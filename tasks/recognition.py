@@ -120,13 +120,14 @@ class Recognition(Task):
 
     def predictions(self, tokens: list[ImageTokens]) -> Tensor:
         """What is ranked, [B,K]: cosines with the class token, or TaI-DPT's merged predictions."""
-        assert self.text is not None  # needs = ("classes", ...)
+        assert self.texts is not None  # needs = ("classes", ...)
+        text = self.texts.features
         if self.local_text is None:
             class_tokens = torch.cat([image.class_token for image in tokens])
-            return similarity(class_tokens[:, None], self.text)[:, 0]
+            return similarity(class_tokens[:, None], text)[:, 0]
         local = self.local_text.to(self.device)
         merged = [
-            merged_predictions(image.patch_tokens, image.class_token, self.text, local)
+            merged_predictions(image.patch_tokens, image.class_token, text, local)
             for image in tokens
         ]
         return torch.cat(merged)

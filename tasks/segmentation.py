@@ -122,13 +122,13 @@ class Segmentation(Task):
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
         """The label map of each image, at its original size."""
-        assert self.text is not None  # needs = ("classes",)
+        assert self.texts is not None  # needs = ("classes",)
         window = self.tile or self.window
         stride = self.stride or (window and (self.tile or (window + 1) // 2))
         images = list(batch.images)
         sizes = [(image.shape[1], image.shape[2]) for image in images]
         views = [cut_views(size, window, stride) for size in sizes]
-        scores = view_similarities(self.backbone, images, views, self.text)
+        scores = view_similarities(self.backbone, images, views, self.texts.features)
         scale = None if self.prob_thd is None else self.logit_scale
         results = []
         for i, sample in enumerate(batch.samples):

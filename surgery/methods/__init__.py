@@ -5,7 +5,7 @@ Each has a file with a function, and a row in `METHODS`.
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from surgery.backbone import Backbone
 from surgery.methods import clip, rclip, surgery
 from surgery.texts import Texts
 
-__all__ = ["METHODS", "Method", "check_method", "explain"]
+__all__ = ["METHODS", "Method", "check_method", "check_methods", "explain"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,21 @@ def explain(
             return (chosen.function(backbone, images.clone(), own, **options).detach(),)
 
         return backbone.batches.run(part, images.detach().clone())[0]
+
+
+def check_methods(names: Sequence[str]) -> list[str]:
+    """Names of methods, in their order.
+
+    Raises:
+        InvalidSetting: none, one of them twice, or one that there is not.
+    """
+    if isinstance(names, str) or not names or len({*names}) < len(names):
+        raise InvalidSetting(
+            f"methods: expected different ones of {', '.join(METHODS)}, got {names}"
+        )
+    for name in names:
+        check_method(name)
+    return list(names)
 
 
 def check_method(name: str, options: dict[str, Any] | None = None) -> Method:

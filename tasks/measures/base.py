@@ -46,14 +46,15 @@ class Report:
     Args:
         metrics: name -> value over the whole run; fractions.
         per_class: class name -> column -> value.
-        baseline: the same metrics of plain CLIP, where it was measured beside.
+        methods: explanation method -> the same metrics of its maps, where there are methods; those of
+            the first are ``metrics``.
         details: what else is worth knowing, such as the best threshold.
         tables: file name without ending -> what is written as csv beside, some with a plot.
     """
 
     metrics: dict[str, float]
     per_class: dict[str, dict[str, float]] = field(default_factory=dict)
-    baseline: dict[str, float] = field(default_factory=dict)
+    methods: dict[str, dict[str, float]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, Table] = field(default_factory=dict)
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from datamodules.samples import DatasetInfo
 from surgery.metrics import MeanScoreContrast, ThresholdIoU
 from tasks.measures.base import Measures, Report, by_class, label_masks
-
-RAW = "raw_"
-"""Prefix of the metrics of plain CLIP."""
 
 
 class ExplainabilityMeasures(Measures):
@@ -20,25 +20,27 @@ class ExplainabilityMeasures(Measures):
         info: the data set.
         threshold: map value in [0, 1] at which IoU is reported besides the best one.
         void: whether void pixels count not at all (``ignore``) or as ``background``.
-        baseline: whether plain CLIP's maps are measured beside.
+        methods: what explains the images, each measured by itself; the first gives the headline.
     """
 
-    def __init__(self, info: DatasetInfo, threshold: float, void: str, baseline: bool) -> None:
+    def __init__(
+        self, info: DatasetInfo, threshold: float, void: str, methods: Sequence[str]
+    ) -> None:
         self.info = info
         self.threshold = threshold
         self.void = void
-        self.baseline = baseline
-        kinds = (("", RAW) if baseline else ("",)) if info.labels == "mask" else ()
+        self.methods = list(methods)
+        measured = self.methods if info.labels == "mask" else []
         count = len(info.classes)
-        self.contrast = {kind: MeanScoreContrast(count) for kind in kinds}
-        self.iou = {kind: ThresholdIoU(count) for kind in kinds}
+        self.contrast = {method: MeanScoreContrast(count) for method in measured}
+        self.iou = {method: ThresholdIoU(count) for method in measured}
         super().__init__(
             {
                 name: metric
-                for kind in kinds
+                for method in measured
                 for name, metric in (
-                    (f"{kind}contrast", self.contrast[kind]),
-                    (f"{kind}iou", self.iou[kind]),
+                    (f"{method}.contrast", self.contrast[method]),
+                    (f"{method}.iou", self.iou[method]),
                 )
             }
         )
@@ -49,38 +51,49 @@ class ExplainabilityMeasures(Measures):
         """Add an image.
 
         Args:
-            maps: kind ("", or ``RAW``) -> maps [P,H,W] in [0, 1].
+            maps: method -> maps [P,H,W] in [0, 1].
             label: the truth, see `label_masks`; without one, nothing is counted.
             classes: [P] class indices.
         """
         if label is None or not self.metrics or not classes:
             return
         foreground, valid = label_masks(label, classes, self.info, void=self.void)
-        for kind, values in maps.items():
+        for method, values in maps.items():
             indices = torch.tensor(classes, device=values.device)
-            self.contrast[kind].update(values, foreground, valid, indices)
-            self.iou[kind].update(values, foreground, valid, indices)
+            self.contrast[method].update(values, foreground, valid, indices)
+            self.iou[method].update(values, foreground, valid, indices)
 
     def report(self) -> Report:
         """mIoU at the best threshold and mSC, with the class-wise numbers."""
         if not self.metrics:
             return Report({})
-        columns, iou = self._columns(""), self.iou[""]
+        columns = {method: self._columns(method) for method in self.methods}
+        means = {method: _means(of) for method, of in columns.items()}
+        first, *others = self.methods
+        # Beside the first method's own columns, those of others under their names.
+        beside = {
+            f"{method}.{name}": columns[method][name] for method in others for name in ("IoU", "SC")
+        }
         return Report(
-            metrics=_means(columns),
-            baseline=_means(self._columns(RAW)) if self.baseline else {},
-            per_class=by_class(self.info.classes, columns),
-            details={
-                "threshold": iou.best_threshold(),
-                "mIoU_at_fixed_threshold": float(iou.at(self.threshold)),
-                "mIoU_per_image": float(iou.compute_per_image()),
-                "mIoU_all_foreground": float(iou.at(0.0)),
-            },
+            metrics=means[first],
+            methods=means,
+            per_class=by_class(self.info.classes, columns[first] | beside),
+            details=self._details(first)
+            | ({"methods": {m: self._details(m) for m in others}} if others else {}),
         )
 
-    def _columns(self, kind: str) -> dict[str, Tensor]:
-        contrast, iou = self.contrast[kind], self.iou[kind]
+    def _columns(self, method: str) -> dict[str, Tensor]:
+        contrast, iou = self.contrast[method], self.iou[method]
         return {"IoU": iou.per_class(), "SC": contrast.per_class(), "images": iou.images}
+
+    def _details(self, method: str) -> dict[str, Any]:
+        iou = self.iou[method]
+        return {
+            "threshold": iou.best_threshold(),
+            "mIoU_at_fixed_threshold": float(iou.at(self.threshold)),
+            "mIoU_per_image": float(iou.compute_per_image()),
+            "mIoU_all_foreground": float(iou.at(0.0)),
+        }
 
 
 def _means(columns: dict[str, Tensor]) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from torch import Tensor
 
 from datamodules.samples import DatasetInfo
@@ -15,28 +17,33 @@ class InteractiveMeasures(Measures):
     Args:
         info: the data set.
         sam: weights of SAM, if there are masks at all.
+        methods: whose points they are, each measured by itself; the first gives the headline.
     """
 
-    def __init__(self, info: DatasetInfo, sam: str | None) -> None:
+    def __init__(self, info: DatasetInfo, sam: str | None, methods: Sequence[str]) -> None:
         self.info = info
-        self.has_masks = sam is not None
-        self.points = PointAccuracy(len(info.classes))
-        self.iou = MaskIoU(len(info.classes))
-        measured = {"points": self.points} | ({"iou": self.iou} if self.has_masks else {})
-        super().__init__(measured if info.labels == "mask" else {})
+        self.methods = list(methods)
+        measured = self.methods if info.labels == "mask" else []
+        count = len(info.classes)
+        self.points = {method: PointAccuracy(count) for method in measured}
+        self.iou = {method: MaskIoU(count) for method in measured if sam is not None}
+        super().__init__(
+            {f"{method}.points": metric for method, metric in self.points.items()}
+            | {f"{method}.iou": metric for method, metric in self.iou.items()}
+        )
 
     def update(
         self,
-        prompts: list[tuple[Tensor, Tensor]],
-        masks: list[Tensor],
+        prompts: Mapping[str, list[tuple[Tensor, Tensor]]],
+        masks: Mapping[str, list[Tensor]],
         label: Tensor | None,
         classes: tuple[int, ...],
     ) -> None:
         """Add an image.
 
         Args:
-            prompts: points [K,2] (x, y) and their labels [K], of each class.
-            masks: bool [H,W] of each class, or none at all.
+            prompts: method -> points [K,2] (x, y) and their labels [K], of each class.
+            masks: method -> bool [H,W] of each class, or none at all.
             label: the truth, see `label_masks`; without one, nothing is counted.
             classes: [P] class indices.
         """
@@ -44,28 +51,52 @@ class InteractiveMeasures(Measures):
             return
         foreground, valid = (part.cpu() for part in label_masks(label, classes, self.info))
         valid = valid.expand_as(foreground)
-        for i, index in enumerate(classes):
-            self.points.update(*prompts[i], foreground[i], valid[i], index)
-            if masks:
-                self.iou.update(masks[i], foreground[i], valid[i], index)
+        for method in self.methods:
+            for i, index in enumerate(classes):
+                points, labels = prompts[method][i]
+                self.points[method].update(points, labels, foreground[i], valid[i], index)
+                if masks[method]:
+                    self.iou[method].update(masks[method][i], foreground[i], valid[i], index)
 
     def report(self) -> Report:
         """Point accuracy, and mIoU of SAM's masks, with the class-wise numbers."""
         if not self.metrics:
             return Report({})
-        values = {"point_accuracy": float(self.points.of(0, 1))}
-        columns = {
-            "point_accuracy": self.points.per_class(),
-            "points": self.points.points.sum(1),
+        columns = {method: self._columns(method) for method in self.methods}
+        means = {method: self._means(method) for method in self.methods}
+        first, *others = self.methods
+        # Beside the first method's own columns, those of others under their names.
+        beside = {
+            f"{method}.{name}": columns[method][name]
+            for method in others
+            for name in ("point_accuracy", "IoU")
+            if name in columns[method]
         }
-        if self.has_masks:
-            columns |= {"IoU": self.iou.per_class(), "images": self.iou.images}
-            values["mIoU"] = float(columns["IoU"].nanmean())
         return Report(
-            metrics=values,
-            per_class=by_class(self.info.classes, columns),
-            details={
-                "positive_point_accuracy": float(self.points.of(1)),
-                "negative_point_accuracy": float(self.points.of(0)),
-            },
+            metrics=means[first],
+            methods=means,
+            per_class=by_class(self.info.classes, columns[first] | beside),
+            details=self._details(first)
+            | ({"methods": {m: self._details(m) for m in others}} if others else {}),
         )
+
+    def _columns(self, method: str) -> dict[str, Tensor]:
+        points = self.points[method]
+        columns = {"point_accuracy": points.per_class(), "points": points.points.sum(1)}
+        if method in self.iou:
+            iou = self.iou[method]
+            columns |= {"IoU": iou.per_class(), "images": iou.images}
+        return columns
+
+    def _means(self, method: str) -> dict[str, float]:
+        values = {"point_accuracy": float(self.points[method].of(0, 1))}
+        if method in self.iou:
+            values["mIoU"] = float(self.iou[method].per_class().nanmean())
+        return values
+
+    def _details(self, method: str) -> dict[str, float]:
+        points = self.points[method]
+        return {
+            "positive_point_accuracy": float(points.of(1)),
+            "negative_point_accuracy": float(points.of(0)),
+        }

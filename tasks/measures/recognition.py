@@ -42,7 +42,6 @@ class RecognitionMeasures(Measures):
         return Report(
             metrics=values,
             per_class=by_class(self.info.classes, columns | {"positives": positives}),
-            baseline={"mAP": values["mAP_softmax"]},
             details={
                 "form": self.form,
                 "images_with_labels": sum(len(part) for part in counted.truth),

@@ -3,6 +3,7 @@
 from tasks.run.errors import RunError
 from tasks.run.folder import Run
 from tasks.run.results import (
+    ByMethod,
     Facts,
     ImageResult,
     LabelMap,
@@ -15,6 +16,7 @@ from tasks.run.results import (
 )
 
 __all__ = [
+    "ByMethod",
     "Facts",
     "ImageResult",
     "LabelMap",

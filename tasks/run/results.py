@@ -11,7 +11,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -41,6 +41,19 @@ class Stored:
             return found
         with Image.open(stream, formats=("PNG",)) as image:
             return np.asarray(image)
+
+    @property
+    def methods(self) -> list[str]:
+        """Names of the explanation methods that say something of the image."""
+        return list(self.record.get("methods", ()))
+
+    def of(self, method: str) -> Stored:
+        """What is stored of one of them, under the names that it has where there is only one."""
+        outer = {name: value for name, value in self.record.items() if name != "methods"}
+        prefix = f"{method}."
+        files = {k.removeprefix(prefix): v for k, v in self.files.items() if k.startswith(prefix)}
+        record = {**outer, **self.record["methods"][method]}
+        return replace(self, record=record, files=files)
 
 
 class Result(ABC):
@@ -123,9 +136,24 @@ class StoredImage:
         found = (kind.read(self.stored) for kind in KINDS)
         return tuple(result for result in found if result is not None)
 
-    def get(self, kind: type[R]) -> R | None:
-        """The result of one type, such as `Masks`; None if there is none."""
-        found = kind.read(self.stored)
+    @property
+    def methods(self) -> list[str]:
+        """Names of the explanation methods that say something of the image; often there are none."""
+        return self.stored.methods
+
+    def get(self, kind: type[R], method: str | None = None) -> R | None:
+        """The result of one type, such as `Masks`; None if there is none.
+
+        Args:
+            kind: the type.
+            method: whose result; by default the first one's, where there are methods.
+
+        Raises:
+            KeyError: no such method.
+        """
+        found = kind.read(self.stored) if method is None else None
+        if found is None and self.methods:
+            found = kind.read(self.stored.of(method or self.methods[0]))
         assert found is None or isinstance(found, kind)
         return found
 
@@ -400,7 +428,56 @@ class Tokens(Result):
         return cls(**{name: stored.record[name] for name in cls.__dataclass_fields__})
 
 
-KINDS: tuple[type[Result], ...] = (Facts, LabelMap, Masks, Similarities, Scores, Points, Tokens)
+@dataclass(frozen=True)
+class ByMethod(Result):
+    """What each of some explanation methods says of the image.
+
+    Args:
+        results: method -> its results, `Masks`, `Similarities` or `Points`.
+    """
+
+    results: Mapping[str, tuple[Result, ...]]
+
+    def files(self, info: DatasetInfo) -> Files:
+        """All files, led by the method's name: ``surgery.scores.npy``."""
+        return {
+            f"{method}.{ending}": array
+            for method, results in self.results.items()
+            for result in results
+            for ending, array in result.files(info).items()
+        }
+
+    def record(self, key: str) -> dict[str, Any]:
+        """What each adds; the files in it go without the method's name."""
+        return {
+            "methods": {
+                method: {k: v for result in results for k, v in result.record(key).items()}
+                for method, results in self.results.items()
+            }
+        }
+
+    @classmethod
+    def read(cls, stored: Stored) -> ByMethod | None:
+        """All results of all methods."""
+        if not stored.methods:
+            return None
+        found = {
+            method: [kind.read(stored.of(method)) for kind in (Masks, Similarities, Points)]
+            for method in stored.methods
+        }
+        return cls({m: tuple(r for r in results if r is not None) for m, results in found.items()})
+
+
+KINDS: tuple[type[Result], ...] = (
+    Facts,
+    ByMethod,
+    LabelMap,
+    Masks,
+    Similarities,
+    Scores,
+    Points,
+    Tokens,
+)
 """All there are."""
 
 

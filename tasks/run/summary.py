@@ -77,7 +77,7 @@ def write_summary(
     ]
     summary = {
         "metrics": report.metrics,
-        **({"baseline": report.baseline} if report.baseline else {}),
+        **({"methods": report.methods} if report.methods else {}),
         "per_class": report.per_class,
         "details": report.details,
         "images": sum(record.images for record in records),

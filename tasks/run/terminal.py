@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from tasks.run.folder import Run
@@ -13,20 +12,21 @@ _REASONS = 5
 
 
 def print_report(run: Run, tally: Tally | None = None) -> None:
-    """Print a run's metrics in percent, beside plain CLIP's where it was measured, and its place.
+    """Print a run's metrics in percent, a column a method, and its place.
 
     Args:
         run: with its summary written.
         tally: what its job did, to say how much bad data was allowed.
     """
     summary = run.summary
-    baseline = summary.get("baseline", {})
+    methods = summary.get("methods", {})
     if summary["metrics"]:
-        print("\n" + " " * 20 + ("  CLIP   Surgery" if baseline else ""))
+        heads = (f"{name:>10}" for name in methods)
+        print(f"\n{'':18}{''.join(heads)}" if len(methods) > 1 else "")
     for name, value in summary["metrics"].items():
-        columns = [baseline[name]] if name in baseline else []
-        cells = ("   --  " if v is None else f"{100 * v:6.2f} %" for v in (*columns, value))
-        print(f"  {name:<16} {'  '.join(cells)}")
+        columns = [of[name] for of in methods.values()] or [value]
+        cells = (f"{'--':>10}" if v is None else f"{100 * v:8.2f} %" for v in columns)
+        print(f"  {name:<16}{''.join(cells)}")
     _print_threshold(summary)
     shards = summary["shards"]
     print(f"\n{summary['images']} images, {summary['errors']} errors", end="")
@@ -36,14 +36,11 @@ def print_report(run: Run, tally: Tally | None = None) -> None:
     if tally and (allowed := tally.tolerated()):
         print(f"  {allowed}")
     print(f"results in {run.folder.resolve()}")
-    picture = min(run.folder.glob("*/*.jpg"), key=_of_plain_clip, default=None)
+    headline = next(iter(methods), "")
+    pictures = sorted(run.folder.glob("*/*.jpg"))  # with --writer.layout files
+    picture = next((p for p in pictures if not headline or f".{headline}." in p.name), None)
     if picture is not None:
         print(f"pictures: {picture.resolve()} and others beside it")
-
-
-def _of_plain_clip(picture: Path) -> tuple[bool, str]:
-    """Sorts pictures (with --writer.layout files): first those that the headline is of."""
-    return any(f".{kind}." in picture.name for kind in ("raw", "clip")), str(picture)
 
 
 def _print_threshold(summary: dict[str, Any]) -> None:

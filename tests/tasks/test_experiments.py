@@ -143,10 +143,10 @@ def test_every_image_can_be_drawn_at_its_aspect(name, experiment):
 
 def scores_of(run) -> dict[str, np.ndarray]:
     return {
-        name.removesuffix(".scores.npy"): np.load(io.BytesIO(data))
+        name.removesuffix(".surgery.scores.npy"): np.load(io.BytesIO(data))
         for shard in sorted(run.glob("*.tar"))
         for name, data in members(shard).items()
-        if name.endswith(".scores.npy")
+        if name.endswith(".surgery.scores.npy")
     }
 
 
@@ -202,9 +202,9 @@ def test_an_image_without_any_class_has_no_mask_and_counts_for_nothing(experimen
     bare = [key for key, masks in truth.items() if not masks]
     found = {name: data for shard in run.glob("*.tar") for name, data in members(shard).items()}
     for key in bare:
-        assert json.loads(found[f"{key}.json"])["labels"] == {}
+        assert json.loads(found[f"{key}.json"])["methods"]["surgery"]["labels"] == {}
         assert [n for n in found if n.startswith(key) and n.endswith(".png")] == []
-        assert np.load(io.BytesIO(found[f"{key}.scores.npy"])).shape == (80, 6, 6)
+        assert np.load(io.BytesIO(found[f"{key}.surgery.scores.npy"])).shape == (80, 6, 6)
     counted = json.loads((run / "metrics.json").read_text())["per_class"]
     assert sum(row["images"] for row in counted.values()) == sum(map(len, truth.values()))
 

@@ -33,13 +33,14 @@ def test_an_image_has_masks_scores_and_a_record(finished):
     found = members(finished / "000000.tar")
     scene = draw_scene(5, 0, 64)
     record = json.loads(found["00000000.json"])
-    assert set(record["labels"]) == set(scene.nouns)
+    labels = record["methods"]["surgery"]["labels"]
+    assert set(labels) == set(scene.nouns)
     assert record["size"] == [64, 64]
-    scores = np.load(io.BytesIO(found["00000000.scores.npy"]), allow_pickle=False)
+    scores = np.load(io.BytesIO(found["00000000.surgery.scores.npy"]), allow_pickle=False)
     assert scores.dtype == np.float16
     assert scores.shape == (12, 6, 6)
-    for noun, file in record["labels"].items():
-        mask = Image.open(io.BytesIO(found[f"00000000.{file}"]))
+    for noun, file in labels.items():
+        mask = Image.open(io.BytesIO(found[f"00000000.surgery.{file}"]))
         value = INFO.label_value(NOUNS.index(noun))
         assert mask.mode == "P"
         assert mask.size == (64, 64)
@@ -56,7 +57,7 @@ def test_metrics_equal_a_plain_numpy_computation(finished):
     maps: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
     for index in range(20):
         found = members(finished / f"{index // 6:06d}.tar")
-        scores = np.load(io.BytesIO(found[f"{index:08d}.scores.npy"])).astype(float)
+        scores = np.load(io.BytesIO(found[f"{index:08d}.surgery.scores.npy"])).astype(float)
         label = draw_scene(5, index, 64).label
         for value in set(label.ravel()) - {0}:
             grid = scores[value - 1]
@@ -107,8 +108,8 @@ def test_bf16_gives_nearly_the_same_numbers(finished, predict, tmp_path):
 
 def test_overlays_and_plain_files(predict, tmp_path):
     run = predict(tmp_path / "files", "--writer.layout=files", "--writer.overlays=true")
-    pictures = sorted((run / "000000").glob("00000000.map.*.jpg"))
-    masks = sorted((run / "000000").glob("00000000.mask.*.png"))
+    pictures = sorted((run / "000000").glob("00000000.surgery.map.*.jpg"))
+    masks = sorted((run / "000000").glob("00000000.surgery.mask.*.png"))
     assert len(pictures) == len(masks) == len(draw_scene(5, 0, 64).nouns)
     assert Image.open(pictures[0]).size == (64, 64)
 
@@ -121,14 +122,43 @@ def test_void_pixels_can_count_as_background(predict, tmp_path):
     assert numbers[0]["metrics"] == numbers[1]["metrics"]  # the drawn world has no void
 
 
-def test_plain_clip_is_a_setting_away(finished, predict, tmp_path):
+def test_every_method_is_measured_and_written_under_its_name(finished, predict, tmp_path):
+    words = ["--model.methods=[clip, surgery, rclip]", "--writer.overlays=true"]
+    run = predict(tmp_path / "three", *words)
     raw = predict(
         tmp_path / "raw", "--model.backbone.attention=raw", "--model.feature_surgery=none"
     )
-    numbers = [
-        json.loads((r / "metrics.json").read_text())["metrics"]["mSC"] for r in (finished, raw)
-    ]
-    assert numbers[0] != numbers[1]
+    found, plain, usual = (
+        json.loads((r / "metrics.json").read_text()) for r in (run, raw, finished)
+    )
+    assert list(found["methods"]) == ["clip", "surgery", "rclip"]
+    assert found["metrics"] == found["methods"]["clip"] == plain["metrics"]
+    assert found["methods"]["surgery"] == usual["metrics"] == usual["methods"]["surgery"]
+    assert found["details"]["methods"]["surgery"] == usual["details"]
+    for noun, row in usual["per_class"].items():
+        assert found["per_class"][noun]["surgery.IoU"] == row["IoU"]
+        assert found["per_class"][noun]["images"] == row["images"]
+    files, single, unreformed = (members(r / "000000.tar") for r in (run, finished, raw))
+    for name, data in single.items():
+        if name.endswith((".npy", ".png")):
+            assert files[name] == data
+    for name, data in unreformed.items():
+        if name.endswith((".npy", ".png")):
+            assert files[name.replace(".surgery.", ".clip.")] == data
+    scores = [np.load(io.BytesIO(files[f"00000000.{m}.scores.npy"])) for m in ("clip", "rclip")]
+    assert np.array_equal(scores[0], -scores[1])
+    pictures = [name for name in files if name.endswith(".jpg")]
+    assert {name.split(".")[1] for name in pictures} == {"clip", "surgery", "rclip"}
+
+
+def test_methods_that_there_are_not(command, tmp_path, capsys):
+    for methods, message in (
+        ("[surgerey]", "did you mean 'surgery'"),
+        ("[clip, clip]", "different ones of surgery, clip, rclip"),
+        ("[]", "different ones of surgery, clip, rclip"),
+    ):
+        assert main(command(tmp_path / "run", f"--model.methods={methods}")) != 0
+        assert message in capsys.readouterr().err
 
 
 def test_jpegs_that_are_decoded_where_the_model_is(command, tmp_path):

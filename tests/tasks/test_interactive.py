@@ -22,9 +22,10 @@ def run(predict, tmp_path_factory) -> Path:
     return predict(tmp_path_factory.mktemp("runs") / "plain", task="Interactive")
 
 
-def records(run: Path) -> dict[str, dict]:
+def records(run: Path, method: str = "surgery") -> dict[str, dict]:
+    """Key -> what a method says of the image."""
     return {
-        name.removesuffix(".json"): json.loads(data)
+        name.removesuffix(".json"): json.loads(data)["methods"][method]
         for path in sorted(run.glob("*.tar"))
         for name, data in members(path).items()
         if name.endswith(".json") and not name.startswith("__")
@@ -60,6 +61,26 @@ def test_a_text_is_compared_with_the_empty_one(run, tiny, scenes):
         text = encode_prompts(backbone, backbone.tokenizer, [name])
         scores = feature_surgery(tokens.patch_tokens, tokens.class_token, text, redundant=empty)
         points, labels = similarity_to_points(scores[0, :, 0], tokens.grid, (64, 64))
+        assert entry == {"points": points.tolist(), "labels": labels.tolist()}
+
+
+def test_methods_beside_each_other(run, predict, tiny, scenes, tmp_path):
+    from surgery import explain, load_backbone, similarity_to_points
+    from surgery.prompts import encode_prompts
+
+    both = predict(tmp_path / "run", "--model.methods=[surgery, clip]", task="Interactive")
+    assert records(both) == records(run)
+    report = summary(both)
+    assert report["metrics"] == summary(run)["metrics"] == report["methods"]["surgery"]
+    assert 0 < report["methods"]["clip"]["point_accuracy"] < 1
+    backbone = load_backbone(str(tiny))
+    data = {k: v for p in scenes.glob("*.tar") for k, v in members(p).items()}["00000002.png"]
+    picture = Image.open(io.BytesIO(data)).resize((48, 48), Image.Resampling.BICUBIC)
+    pixels = backbone.preprocess(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None])
+    for name, entry in records(both, "clip")["00000002"]["texts"].items():
+        text = encode_prompts(backbone, backbone.tokenizer, [name])
+        scores = explain(backbone, pixels, text, method="clip")[0, 0]
+        points, labels = similarity_to_points(scores.flatten(), (6, 6), (64, 64))
         assert entry == {"points": points.tolist(), "labels": labels.tolist()}
 
 
@@ -136,7 +157,7 @@ def test_masks_of_a_tiny_sam(predict, scenes, run, tmp_path, kind):
         for name, entry in record["texts"].items():
             assert entry["points"] == plain[key]["texts"][name]["points"]
             value = NOUNS.index(name) + 1
-            mask = np.array(Image.open(io.BytesIO(files[f"{key}.{entry['mask']}"])))
+            mask = np.array(Image.open(io.BytesIO(files[f"{key}.surgery.{entry['mask']}"])))
             assert set(np.unique(mask)) <= {0, value}
             hits[value - 1] += ((mask == value) & (truth[key] == value)).sum()
             unions[value - 1] += ((mask == value) | (truth[key] == value)).sum()

@@ -93,11 +93,14 @@ def test_results_come_back_as_they_were_written(predict, tmp_path, layout):
     height, width = image.record["size"]
     assert masks.masks.shape == (len(masks.names), height, width)
     assert masks.masks.dtype == bool
-    assert list(masks.names) == list(image.record["labels"])
+    own = image.record["methods"]["surgery"]
+    assert list(masks.names) == list(own["labels"])
     assert [run.info.classes[number] for number in masks.numbers] == list(masks.names)
-    assert similarities.values.shape == (len(run.info.classes), *image.record["grid"])
+    assert similarities.values.shape == (len(run.info.classes), *own["grid"])
     assert len(image.pictures) == len(masks.names)
     assert image.get(LabelMap) is None
+    assert image.methods == ["surgery"]
+    assert np.array_equal(image.get(Masks, "surgery").masks, masks.masks)
     # Read and written again, an image is the same.
     again = ImageResult(image.key, image.results).encode(run.info)
     assert {**again, **image.pictures} == dict(image.stored.files) | {"json": again["json"]}
@@ -124,7 +127,8 @@ def test_every_tasks_results_come_back(predict, scenes, tmp_path, task, kind, la
     assert {k: v for k, v in ImageResult("", (found,)).encode(run.info).items() if k in stored} == {
         k: v for k, v in stored.items() if kind is not Tokens
     }
-    assert found.record(first.key).items() <= first.record.items()
+    inner = first.record["methods"][first.methods[0]] if first.methods else first.record
+    assert found.record(first.key).items() <= inner.items()
     assert found.rows() == {
         name: {k: pytest.approx(v) if kind is Scores else v for k, v in row.items() if k != "key"}
         for name, row in first.stored.rows.items()
