@@ -103,7 +103,8 @@ def listening(command: str, *, install: bool = True) -> Iterator[None]:
 
     Args:
         command: what a line about a stop begins with.
-        install: whether the process is this command's own, so that its signals are too.
+        install: whether the process is this command's own, so that its signals are too; it ignores
+            them once this is over.
     """
     global _listener
     before, _listener = _listener, _Listener(command)
@@ -131,21 +132,21 @@ def _handlers(listener: _Listener) -> Iterator[None]:
                 if number in STOP:
                     listener.note(number)
 
-    previous = {number: signal.getsignal(number) for number in STOP}
-    previous = {n: handler for n, handler in previous.items() if handler is not signal.SIG_IGN}
-    listener.numbers = tuple(previous)
+    heeded = tuple(n for n in STOP if signal.getsignal(n) is not signal.SIG_IGN)
+    listener.numbers = heeded
     descriptor = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     thread = threading.Thread(target=listen, name="signals", daemon=True)
     thread.start()
     try:
-        for number in previous:
+        for number in heeded:
             signal.signal(number, listener.handle)
         if hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)  # see `blocked`
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number in heeded:
+            # What was to be done is done. Python takes a while to end, and would complain of Ctrl-C.
+            signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(descriptor)
         theirs.shutdown(socket.SHUT_WR)  # not only closed: processes started meanwhile hold it too
         thread.join()
