@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -74,7 +74,10 @@ class Explainability(Task):
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
         """Maps and masks of the positive labels of each image, similarities of all classes."""
-        options = {"surgery": {"form": self.feature_surgery, "tau": self.tau}}
+        options: dict[str, dict[str, Any]] = {
+            "surgery": {"form": self.feature_surgery, "tau": self.tau},
+            "surgery_paper": {"tau": self.tau},
+        }
         methods = {name: options.get(name, {}) for name in self.methods}
         results = []
         explained = self.explain_images(batch.images, methods)

@@ -25,6 +25,9 @@ from tasks.draw import point_figure
 from tasks.measures.interactive import InteractiveMeasures
 from tasks.run.results import ByMethod, ImageResult, Masks, Points, slug
 
+ALONE = ("surgery", "surgery_paper")
+"""Methods that compare a text with all others unless they are told to take each alone."""
+
 
 class Interactive(Task):
     """Where would one click for each text? Points, SAM's masks of them, and how good both are.
@@ -45,7 +48,9 @@ class Interactive(Task):
         sam: weights of SAM or SAM 2: a name on the Hugging Face hub (facebook/sam-vit-huge,
             facebook/sam2.1-hiera-large, ...) or a folder; needs the extra ``[sam]``.
         threshold: map value in [0, 1] from which a place is a positive point.
-        down_sample: how many times smaller than the token grid the map is from which points are taken.
+        down_sample: how many times smaller than the token grid the map is from which points are taken:
+            2 as released, 1 as the paper may mean. The accuracy of the other one's points is reported
+            beside.
         redundant: the empty text as it is (``empty``), or in all prompt templates (``templates``), as
             the released demo has it.
         text_features: features of the class texts from a file, see `Task`.
@@ -106,7 +111,7 @@ class Interactive(Task):
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
         """Points, and masks with SAM, of the positive labels of each image."""
-        methods = {name: {"alone": True} if name == "surgery" else {} for name in self.methods}
+        methods = {name: {"alone": True} if name in ALONE else {} for name in self.methods}
         results = []
         explained = self.explain_images(batch.images, methods)
         for i, (sample, similarities) in enumerate(zip(batch.samples, explained, strict=True)):
@@ -120,7 +125,12 @@ class Interactive(Task):
             masks = iter(self._masks(sample.original, [p for of in prompts.values() for p in of]))
             found = {method: list(islice(masks, len(of))) for method, of in prompts.items()}
             masked = {method: [mask for mask, _ in of] for method, of in found.items()}
-            self.measures.update(prompts, masked, sample.label, shown)
+            measured = similarities if self.measures.metrics else {}
+            others = {
+                method: [self.points(scores, index, size, self.measures.other) for index in shown]
+                for method, scores in measured.items()
+            }
+            self.measures.update(prompts, masked, others, sample.label, shown)
             points = {m: self._points(size, shown, prompts[m], found[m]) for m in self.methods}
             image = batch.images[i] if sample.original is None else sample.original
             draw = partial(draw_points, image.cpu(), points, shown) if self.draws else None
@@ -129,7 +139,11 @@ class Interactive(Task):
         return results
 
     def points(
-        self, similarities: Tensor, index: int, size: tuple[int, int]
+        self,
+        similarities: Tensor,
+        index: int,
+        size: tuple[int, int],
+        down_sample: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Points [K,2] (x, y) of one class on an image of size (H, W), and their labels [K].
 
@@ -137,6 +151,7 @@ class Interactive(Task):
             similarities: [T,h,w], of all words of all prompts.
             index: of the class.
             size: of the image.
+            down_sample: in place of the task's.
         """
         groups = texts_of(self.info)
         first = sum(len(group) for group in groups[:index])
@@ -147,7 +162,7 @@ class Interactive(Task):
             grid,
             size,
             threshold=self.threshold,
-            down_sample=self.down_sample,
+            down_sample=down_sample or self.down_sample,
         )
         return points.cpu(), labels.cpu()
 

@@ -40,6 +40,12 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "surgery": Method(surgery.explain, "CLIP Surgery: the backbone's recipe, then feature surgery"),
+    "surgery_paper": Method(
+        surgery.explain_paper, "the same with feature surgery by the equations, not as released"
+    ),
+    "architecture": Method(
+        surgery.explain_architecture, "the backbone's recipe alone, without feature surgery"
+    ),
     "clip": Method(clip.explain, "plain CLIP: cosine of its patch tokens with the texts"),
     "rclip": Method(rclip.explain, "plain CLIP's map reversed"),
 }

@@ -42,3 +42,15 @@ def explain(
         return feature_surgery(patches, token, text, redundant=redundant, tau=tau, form=form)
 
     return image_by_image(backbone.encode_image(images), score)
+
+
+def explain_paper(
+    backbone: Backbone, images: Tensor, texts: Texts, *, tau: float = 2.0, alone: bool = False
+) -> Tensor:
+    """`explain` with feature surgery by the paper's equations, to be measured beside the code's."""
+    return explain(backbone, images, texts, form="paper", tau=tau, alone=alone)
+
+
+def explain_architecture(backbone: Backbone, images: Tensor, texts: Texts) -> Tensor:
+    """`explain` without feature surgery ("Archi." of the paper's Table 3), in [-1, 1]."""
+    return explain(backbone, images, texts, form="none")

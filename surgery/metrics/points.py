@@ -10,7 +10,8 @@ from torchmetrics import Metric
 class PointAccuracy(Metric):
     """Share of points that are where they should be: positive ones on the mask, negative ones off it.
 
-    Over all points of the data set (``compute``), so that a text with many points counts for more.
+    Over all points of the data set (``compute``), so that a text with many points counts for more; or
+    the mean over classes (``over_classes``): the paper doesn't say which it means.
 
     Args:
         num_classes: number of classes K.
@@ -64,6 +65,10 @@ class PointAccuracy(Metric):
     def of(self, *labels: int) -> Tensor:
         """Accuracy of the positive (1), of the negative (0), or of both (0, 1) points."""
         return self.right[:, labels].sum().double() / self.points[:, labels].sum()
+
+    def over_classes(self) -> Tensor:
+        """Mean over classes of the accuracy of their points; NaN without any."""
+        return self.per_class().nanmean()
 
     def compute(self) -> Tensor:
         """Accuracy over all points; NaN without any."""

@@ -18,17 +18,24 @@ class InteractiveMeasures(Measures):
         info: the data set.
         sam: weights of SAM, if there are masks at all.
         methods: whose points they are, each measured by itself; the first gives the headline.
+        down_sample: how many times smaller than the token grid their map is.
     """
 
-    def __init__(self, info: DatasetInfo, sam: str | None, methods: Sequence[str]) -> None:
+    def __init__(
+        self, info: DatasetInfo, sam: str | None, methods: Sequence[str], down_sample: int
+    ) -> None:
         self.info = info
+        self.other = 2 if down_sample == 1 else 1
+        """Another ``down_sample``, whose points are measured beside."""
         self.methods = list(methods)
         measured = self.methods if info.labels == "mask" else []
         count = len(info.classes)
         self.points = {method: PointAccuracy(count) for method in measured}
+        self.others = {method: PointAccuracy(count) for method in measured}
         self.iou = {method: MaskIoU(count) for method in measured if sam is not None}
         super().__init__(
             {f"{method}.points": metric for method, metric in self.points.items()}
+            | {f"{method}.others": metric for method, metric in self.others.items()}
             | {f"{method}.iou": metric for method, metric in self.iou.items()}
         )
 
@@ -36,6 +43,7 @@ class InteractiveMeasures(Measures):
         self,
         prompts: Mapping[str, list[tuple[Tensor, Tensor]]],
         masks: Mapping[str, list[Tensor]],
+        others: Mapping[str, list[tuple[Tensor, Tensor]]],
         label: Tensor | None,
         classes: tuple[int, ...],
     ) -> None:
@@ -44,6 +52,7 @@ class InteractiveMeasures(Measures):
         Args:
             prompts: method -> points [K,2] (x, y) and their labels [K], of each class.
             masks: method -> bool [H,W] of each class, or none at all.
+            others: like prompts, with the other ``down_sample``.
             label: the truth, see `label_masks`; without one, nothing is counted.
             classes: [P] class indices.
         """
@@ -53,8 +62,11 @@ class InteractiveMeasures(Measures):
         valid = valid.expand_as(foreground)
         for method in self.methods:
             for i, index in enumerate(classes):
-                points, labels = prompts[method][i]
-                self.points[method].update(points, labels, foreground[i], valid[i], index)
+                for metric, (points, labels) in (
+                    (self.points[method], prompts[method][i]),
+                    (self.others[method], others[method][i]),
+                ):
+                    metric.update(points, labels, foreground[i], valid[i], index)
                 if masks[method]:
                     self.iou[method].update(masks[method][i], foreground[i], valid[i], index)
 
@@ -89,7 +101,13 @@ class InteractiveMeasures(Measures):
         return columns
 
     def _means(self, method: str) -> dict[str, float]:
-        values = {"point_accuracy": float(self.points[method].of(0, 1))}
+        points, others = self.points[method], self.others[method]
+        values = {
+            "point_accuracy": float(points.of(0, 1)),
+            "point_accuracy_over_classes": float(points.over_classes()),
+            f"point_accuracy_down_sample_{self.other}": float(others.of(0, 1)),
+            f"point_accuracy_down_sample_{self.other}_over_classes": float(others.over_classes()),
+        }
         if method in self.iou:
             values["mIoU"] = float(self.iou[method].per_class().nanmean())
         return values

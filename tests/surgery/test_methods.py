@@ -130,3 +130,12 @@ def test_a_method_with_gradients_is_one_row_and_runs_inside_of_predict(
     assert torch.equal(found, expected)
     assert not found.requires_grad
     assert found.abs().amax((2, 3)).min() > 0
+
+
+def test_both_forms_of_feature_surgery_and_none_have_names(inputs, network):
+    images, texts = inputs("vit")
+    backbone = network("vit")
+    for name, form in (("surgery_paper", "paper"), ("architecture", "none")):
+        found = explain(backbone, images, texts, method=name)
+        assert torch.equal(found, explain(backbone, images, texts, form=form))
+        assert not torch.equal(found, explain(backbone, images, texts))

@@ -154,8 +154,8 @@ def test_every_method_is_measured_and_written_under_its_name(finished, predict, 
 def test_methods_that_there_are_not(command, tmp_path, capsys):
     for methods, message in (
         ("[surgerey]", "did you mean 'surgery'"),
-        ("[clip, clip]", "different ones of surgery, clip, rclip"),
-        ("[]", "different ones of surgery, clip, rclip"),
+        ("[clip, clip]", "different ones of surgery, "),
+        ("[]", "different ones of surgery, "),
     ):
         assert main(command(tmp_path / "run", f"--model.methods={methods}")) != 0
         assert message in capsys.readouterr().err

@@ -35,16 +35,29 @@ def records(run: Path, method: str = "surgery") -> dict[str, dict]:
 def test_accuracy_is_that_of_the_stored_points(run, scenes):
     from datamodules._drawing import NOUNS
 
-    maps, right = label_maps(scenes), []
+    maps, right = label_maps(scenes), {}
     for key, record in records(run).items():
         shown = {NOUNS[v - 1] for v in np.unique(maps[key]) if v}
         assert set(record["texts"]) == shown
         for name, entry in record["texts"].items():
             assert len(entry["points"]) == len(entry["labels"]) > 0
             for (x, y), label in zip(entry["points"], entry["labels"], strict=True):
-                right.append((maps[key][y, x] == NOUNS.index(name) + 1) == label)
-    report = summary(run)
-    assert report["metrics"] == {"point_accuracy": pytest.approx(np.mean(right), abs=1e-12)}
+                hit = (maps[key][y, x] == NOUNS.index(name) + 1) == label
+                right.setdefault(name, []).append(hit)
+    micro = np.mean([hit for hits in right.values() for hit in hits])
+    macro = np.mean([np.mean(hits) for hits in right.values()])
+    metrics = summary(run)["metrics"]
+    assert metrics["point_accuracy"] == pytest.approx(micro, abs=1e-12)
+    assert metrics["point_accuracy_over_classes"] == pytest.approx(macro, abs=1e-12)
+
+
+def test_points_of_the_whole_map_are_measured_beside_those_of_the_half(run, predict, tmp_path):
+    whole = predict(tmp_path / "run", "--model.down_sample=1", task="Interactive")
+    half, other = summary(run)["metrics"], summary(whole)["metrics"]
+    assert half["point_accuracy"] != other["point_accuracy"]
+    for end in ("", "_over_classes"):
+        assert half[f"point_accuracy_down_sample_1{end}"] == other[f"point_accuracy{end}"]
+        assert other[f"point_accuracy_down_sample_2{end}"] == half[f"point_accuracy{end}"]
 
 
 def test_a_text_is_compared_with_the_empty_one(run, tiny, scenes):
