@@ -55,12 +55,14 @@ def scenes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def command(tiny, scenes) -> Callable[..., list[str]]:
-    """Words of a ``predict`` over the scenes; later words win."""
+    """Words of a ``predict`` over the scenes, or over other ``--data=``; later words win."""
 
     def words(output: Path, *more: object, task: str = "Explainability") -> list[str]:
+        others = any(str(word).startswith("--data=") for word in more)
         return [
             "predict",
-            *("--model", task, "--data", "Shapes", f"--data.shards={scenes}"),
+            *("--model", task),
+            *(() if others else ("--data", "Shapes", f"--data.shards={scenes}")),
             *(f"--model.backbone.model={tiny}", "--model.backbone.pretrained=null"),
             *("--trainer.accelerator=cpu", "--data.num_workers=0", "--data.batch_size=4"),
             *(f"--writer.output={output}", "--trainer.enable_progress_bar=false"),

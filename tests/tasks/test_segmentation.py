@@ -103,7 +103,9 @@ def test_palette_and_overlay(predict, tmp_path):
     files = members(run / "000003.tar")
     key = next(n for n in files if n.endswith(".label.png"))
     assert Image.open(io.BytesIO(files[key])).getpalette()[3:6] == [230, 60, 60]
-    assert Image.open(io.BytesIO(files[key.replace("png", "jpg")])).size == (64, 64)
+    width, height = Image.open(io.BytesIO(files[key.replace("png", "jpg")])).size
+    assert width == 64
+    assert height > 64  # a legend of the classes stands below
 
 
 def test_background_words_and_probability(predict, scenes, backbone, tmp_path):
