@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,9 @@ from tasks.run import Run, RunError
 from tasks.run.callback import ResultWriter
 
 USAGE = "lightning predict --config NAME [--model TASK] [--data DATASET] [any field below]"
+BASES: dict[str, type] = {"model": Task, "data": ShardDataModule}
+"""Section -> the class that all of its classes descend from."""
+
 _DEFAULTS = {
     "logger": False,
     "enable_checkpointing": False,
@@ -63,7 +67,7 @@ class Predict(LightningCLI):
         self.ranks = ranks
         wants_help = {"-h", "--help"}.intersection(words)
         self.classes: dict[str, type] = {}
-        for section, base in (("model", Task), ("data", ShardDataModule)):
+        for section, base in BASES.items():
             named = [layer for layer in layers if section in layer.classes]
             if named:
                 path = named[-1].classes[section]
@@ -121,9 +125,9 @@ class Predict(LightningCLI):
         settings: dict[str, Any] = {}
         for layer in self.layers:
             for key, value in leaves(layer.fields, known):
+                if self._of_another_class(layer, key):
+                    continue
                 if key not in known:
-                    if self._of_another_class(layer, key):
-                        continue
                     raise InvalidConfig(f"{layer.source}: {no_field(key, known)}")
                 origin[key] = f"{layer.source}: {key}"
                 settings = _put(settings, key, value)
@@ -136,11 +140,18 @@ class Predict(LightningCLI):
             raise InvalidConfig(in_a_line(str(error), known, words)) from None
 
     def _of_another_class(self, layer: Layer, key: str) -> bool:
-        """Whether a layer sets a field for a class in whose place another was chosen."""
-        section = key.partition(".")[0]
+        """Whether a layer sets a field of a class in whose place another was chosen.
+
+        What all tasks, or all DataModules, have is no such field; one that only has the same name is:
+        the threshold of a mask is not that of a point.
+        """
+        section, _, field = key.partition(".")
         if section not in self.classes or section not in layer.classes:
             return False
-        return layer.classes[section].rpartition(".")[2] != self.classes[section].__name__
+        if layer.classes[section].rpartition(".")[2] == self.classes[section].__name__:
+            return False
+        shared = inspect.signature(BASES[section]).parameters
+        return field.partition(".")[0] not in shared
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """The Trainer, with the writer and a progress bar that counts images."""

@@ -41,6 +41,15 @@ def test_every_name_that_was_a_file_gives_the_same_settings(name):
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == BEFORE[name], text
 
 
+def test_a_field_of_another_class_is_not_taken_for_one_of_the_same_name(capsys):
+    """The demo's threshold is that of Explainability's masks."""
+    found = shown(capsys, "--config=demo.yaml", "--model=Interactive")["model"]["init_args"]
+    assert found["threshold"] == 0.8
+    assert found["backbone"]["model"] == "demo"
+    own = shown(capsys, "--config=demo.yaml")["model"]["init_args"]
+    assert own["threshold"] == 0.8125
+
+
 def test_every_backbone_goes_with_every_experiment():
     names = set(all_names())
     for backbone in names_of("backbones"):
