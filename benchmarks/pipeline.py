@@ -44,7 +44,7 @@ from PIL import Image
 import surgery
 from datamodules._convert import Members, Source, png_bytes, write_shards
 from datamodules._drawing import draw_scene
-from datamodules.samples import Batch
+from datamodules._samples import Batch
 from datamodules.shapes import INFO
 
 HEIGHT, WIDTH = 375, 500
@@ -366,7 +366,7 @@ def profile(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     whole_run = spent("lightning/pytorch/loops/prediction_loop.py", "run")
     resize = spent("PIL/Image.py", "resize")
     sample = spent("datamodules/_decode.py", "__call__")
-    loader = spent("datamodules/shards.py", "_batch", "_entries")
+    loader = spent("datamodules/_shards.py", "_batch", "_entries")
     inside = {
         "preprocess": spent("surgery/backbone.py", "preprocess"),
         "encode": spent("surgery/backbone.py", "encode_image"),

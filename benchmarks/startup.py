@@ -38,25 +38,25 @@ import torch; note("torch")
 import lightning.pytorch.cli; note("lightning")
 from tasks.commands import predict; note("ours")
 from lightning.pytorch import Callback
-import tasks.base
+import tasks._task
 class Probe(Callback):
     def setup(self, trainer, pl_module, stage): note("parsed")
     def on_predict_start(self, trainer, pl_module): note("set_up")
     def on_predict_batch_start(self, *_): note("batch")
     def on_predict_batch_end(self, *_): note("step")
-inner = tasks.base.load_backbone
+inner = tasks._task.load_backbone
 def load_backbone(*args, **kwargs):
     import open_clip; note("open_clip")
     found = inner(*args, **kwargs)
     note("backbone")
     return found
-tasks.base.load_backbone = load_backbone
-encode = tasks.base.encode_prompts
+tasks._task.load_backbone = load_backbone
+encode = tasks._task.encode_prompts
 def encode_prompts(*args, **kwargs):
     found = encode(*args, **kwargs)
     note("texts")
     return found
-tasks.base.encode_prompts = encode_prompts
+tasks._task.encode_prompts = encode_prompts
 class Probed(predict.Predict):
     def instantiate_trainer(self, **kwargs):
         self.trainer_defaults["callbacks"] = [Probe()]

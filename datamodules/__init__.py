@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datamodules._datamodule import ShardDataModule
     from datamodules.ade20k import ADE20K
     from datamodules.cityscapes import Cityscapes
     from datamodules.coco import COCO
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from datamodules.nus_wide import NUSWide
     from datamodules.pascal_context import PascalContext
     from datamodules.shapes import Shapes
-    from datamodules.shards import ShardDataModule
     from datamodules.voc import VOC
 
 DATASETS = {
@@ -37,7 +37,7 @@ DATASETS = {
 READ_AS_THEY_ARE = frozenset({"gcc3m", "images"})
 """Those that ``lightning shards`` has nothing to convert of."""
 
-_HOMES = {"ShardDataModule": "shards", **{cls: name for name, cls in DATASETS.items()}}
+_HOMES = {"ShardDataModule": "_datamodule", **{cls: name for name, cls in DATASETS.items()}}
 
 __all__ = [
     "ADE20K",

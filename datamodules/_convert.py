@@ -33,8 +33,8 @@ from common.errors import UserError
 from common.files import file_sha256, write_atomically
 from datamodules._dataset_json import NAME, UNFINISHED, read_dataset_json
 from datamodules._decode import read_index_png
+from datamodules._samples import DatasetInfo
 from datamodules._tar import BadSample
-from datamodules.samples import DatasetInfo
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from common.pictures import (
     open_picture,
     size_if_plain,
 )
+from datamodules._samples import VOID, DatasetInfo, Encoded, Sample
 from datamodules._tar import BadSample, Entry, Span, read_member, said_by
-from datamodules.samples import VOID, DatasetInfo, Encoded, Sample
 
 LABEL = "label.png"
 MASK = "mask.png"

@@ -16,7 +16,7 @@ from torch import Tensor
 from common.errors import InvalidSetting
 from common.pictures import open_picture
 from datamodules._decode import reason_of, to_tensor
-from datamodules.samples import Batch, Encoded, Sample, SampleError
+from datamodules._samples import Batch, Encoded, Sample, SampleError
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from common import signals
 from common.errors import UserError
-from datamodules.samples import Batch
+from datamodules._samples import Batch
 
 log = logging.getLogger(__name__)
 

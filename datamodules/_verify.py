@@ -18,8 +18,8 @@ from common.pictures import MAX_PIXELS
 from datamodules._convert import process_pool
 from datamodules._dataset_json import read_dataset_json
 from datamodules._decode import Decoder, reason_of
+from datamodules._samples import VOID, DatasetInfo, SampleError
 from datamodules._tar import ShardError, index_shard
-from datamodules.samples import VOID, DatasetInfo, SampleError
 
 
 class Verified(NamedTuple):

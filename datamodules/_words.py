@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.errors import InvalidSetting, MissingFile
-from datamodules.samples import DatasetInfo, Wording
+from datamodules._samples import DatasetInfo, Wording
 
 
 def read_names(names: list[str] | str | None) -> list[str] | None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from datamodules._convert import Members, Source, first_of, label_of, sample_members
+from datamodules._datamodule import ShardDataModule
 from datamodules._download import Archive
-from datamodules.samples import DatasetInfo, Wording
-from datamodules.shards import ShardDataModule
+from datamodules._samples import DatasetInfo, Wording
 
 SYNONYMS = (
     "wall",

@@ -9,8 +9,8 @@ from typing import ClassVar
 import numpy as np
 
 from datamodules._convert import Members, Source, first_of, label_of, mapped, sample_members
-from datamodules.samples import VOID, DatasetInfo
-from datamodules.shards import ShardDataModule
+from datamodules._datamodule import ShardDataModule
+from datamodules._samples import VOID, DatasetInfo
 
 CLASSES = (
     "road",

@@ -19,10 +19,10 @@ from datamodules._convert import (
     json_bytes,
     png_bytes,
 )
+from datamodules._datamodule import ShardDataModule
 from datamodules._download import Archive
+from datamodules._samples import VOID, DatasetInfo
 from datamodules._tar import BadSample
-from datamodules.samples import VOID, DatasetInfo
-from datamodules.shards import ShardDataModule
 
 CLASSES = (
     "person",

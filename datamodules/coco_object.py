@@ -9,8 +9,8 @@ import numpy as np
 from common.errors import InvalidSetting
 from datamodules import coco, coco_stuff, voc
 from datamodules._convert import Source
-from datamodules.samples import VOID, DatasetInfo, Wording
-from datamodules.shards import ShardDataModule
+from datamodules._datamodule import ShardDataModule
+from datamodules._samples import VOID, DatasetInfo, Wording
 
 CLASSES = coco.CLASSES
 INFO = DatasetInfo(

@@ -11,9 +11,9 @@ import numpy as np
 
 from datamodules import coco
 from datamodules._convert import Members, Source, first_of, label_of, mapped, sample_members
+from datamodules._datamodule import ShardDataModule
 from datamodules._download import Archive
-from datamodules.samples import VOID, DatasetInfo
-from datamodules.shards import ShardDataModule
+from datamodules._samples import VOID, DatasetInfo
 
 STUFF = (
     "banner",

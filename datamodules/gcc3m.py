@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from datamodules._datamodule import ShardDataModule
 from datamodules._remote import is_remote
-from datamodules.samples import DatasetInfo
-from datamodules.shards import ShardDataModule
+from datamodules._samples import DatasetInfo
 
 INFO = DatasetInfo(name="gcc3m", labels="none", captions=True)
 

@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image
 
 from datamodules._convert import Members, Source, SourceError, first_of, sample_members
+from datamodules._datamodule import ShardDataModule
 from datamodules._dataset_json import read_dataset_json
 from datamodules._remote import is_remote
+from datamodules._samples import DatasetInfo
 from datamodules._tar import BadSample
-from datamodules.samples import DatasetInfo
-from datamodules.shards import ShardDataModule
 
 CLASSES_50 = {
     "n01443537": "goldfish",

@@ -18,11 +18,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from common.errors import InvalidSetting, MissingFile
 from common.pictures import ENDINGS
 from datamodules._contents import describe_file, describe_group
+from datamodules._datamodule import ShardDataModule
 from datamodules._decode import Decoder
 from datamodules._remote import Spool, check_protocol, is_remote, without_query
+from datamodules._samples import DatasetInfo
+from datamodules._shards import ShardStream, name_shards
 from datamodules._tar import MAX_KEY, TARS, Entry, Span
-from datamodules.samples import DatasetInfo
-from datamodules.shards import ShardDataModule, ShardStream, name_shards
 
 log = logging.getLogger(__name__)
 

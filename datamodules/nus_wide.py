@@ -17,8 +17,8 @@ from datamodules._convert import (
     image_size,
     json_bytes,
 )
-from datamodules.samples import DatasetInfo, Wording
-from datamodules.shards import ShardDataModule
+from datamodules._datamodule import ShardDataModule
+from datamodules._samples import DatasetInfo, Wording
 
 CLASSES = (
     "airport",

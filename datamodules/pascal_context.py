@@ -16,10 +16,10 @@ from datamodules._convert import (
     label_of,
     sample_members,
 )
+from datamodules._datamodule import ShardDataModule
 from datamodules._download import Archive
+from datamodules._samples import DatasetInfo, Wording, colour_table
 from datamodules._tar import BadSample
-from datamodules.samples import DatasetInfo, Wording, colour_table
-from datamodules.shards import ShardDataModule
 
 CLASSES = (
     "aeroplane",

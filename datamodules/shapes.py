@@ -11,11 +11,11 @@ from PIL import Image
 
 from common.errors import InvalidSetting
 from datamodules._convert import Members, Source, json_bytes, png_bytes, write_shards
+from datamodules._datamodule import ShardDataModule
 from datamodules._dataset_json import UNFINISHED, read_dataset_json
 from datamodules._drawing import BACKGROUNDS, NOUNS, UNSEEN_BACKGROUNDS, draw_scene
+from datamodules._samples import DatasetInfo
 from datamodules._tar import TARS
-from datamodules.samples import DatasetInfo
-from datamodules.shards import ShardDataModule
 
 PALETTE: Final[tuple[tuple[int, int, int], ...]] = (
     (230, 60, 60),

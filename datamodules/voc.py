@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from datamodules._convert import Members, Source, label_of, need_folder, sample_members
+from datamodules._datamodule import ShardDataModule
 from datamodules._download import Archive
-from datamodules.samples import DatasetInfo, Wording, colour_table
-from datamodules.shards import ShardDataModule
+from datamodules._samples import DatasetInfo, Wording, colour_table
 
 CLASSES = (
     "aeroplane",

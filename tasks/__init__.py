@@ -4,9 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tasks._parser import predict
+    from tasks._predict import predict
+    from tasks._task import BackboneConfig, Task
     from tasks.analysis import Analysis
-    from tasks.base import BackboneConfig, Task
     from tasks.explainability import Explainability
     from tasks.interactive import Interactive
     from tasks.multimodal import Multimodal
@@ -28,11 +28,11 @@ TASKS = {
 """Module -> class of each task."""
 
 _HOMES = {
-    "BackboneConfig": "base",
-    "Task": "base",
+    "BackboneConfig": "_task",
+    "Task": "_task",
     "ResultWriter": "run.callback",
     "Run": "run",
-    "predict": "_parser",
+    "predict": "_predict",
     **{cls: module for module, cls in TASKS.items()},
 }
 

@@ -8,8 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from datamodules.samples import Batch
-from tasks.base import Task
+from datamodules._samples import Batch
+from tasks._task import Task
 
 
 class ImageProgress(ProgressBar):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.errors import InvalidSetting
-from datamodules.samples import Batch
+from datamodules._samples import Batch
 from surgery import similarity, similarity_map
 from surgery.analysis import (
     ATTENTIONS,
@@ -26,10 +26,10 @@ from surgery.analysis import (
     strongest,
 )
 from surgery.texts import empty_text
-from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
-from tasks.draw import heat_maps, mark_cell
+from tasks._draw import heat_maps, mark_cell
+from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
+from tasks.measures._measures import label_masks
 from tasks.measures.analysis import DISTANCES, SELECTIONS, STAGES, AnalysisMeasures
-from tasks.measures.base import label_masks
 from tasks.run.results import Facts, Files, ImageResult, slug
 
 

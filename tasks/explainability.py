@@ -10,11 +10,11 @@ import numpy as np
 from torch import Tensor
 
 from common.errors import InvalidSetting
-from datamodules.samples import Batch
+from datamodules._samples import Batch
 from surgery import similarity_map
 from surgery.methods import check_methods
-from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
-from tasks.draw import heat_maps
+from tasks._draw import heat_maps
+from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks.measures.explainability import ExplainabilityMeasures
 from tasks.run.results import ByMethod, Facts, ImageResult, Masks, Similarities
 
@@ -127,7 +127,7 @@ def draw_maps(image: Tensor, maps: dict[str, Tensor], endings: list[str]) -> dic
     """Maps over their image, each named after the file of its mask.
 
     Args:
-        image: see `tasks.draw`.
+        image: see `tasks._draw`.
         maps: what names begin with, such as ``surgery.`` -> maps [P,H,W] in [0, 1].
         endings: of the files of the P masks.
     """

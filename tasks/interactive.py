@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from common.errors import InvalidSetting
-from datamodules.samples import Batch, DatasetInfo
-from datamodules.shards import ShardDataModule
+from datamodules._datamodule import ShardDataModule
+from datamodules._samples import Batch, DatasetInfo
 from surgery import encode_prompts
 from surgery.methods import check_methods
 from surgery.points import combined_points
 from surgery.texts import empty_text
+from tasks._draw import point_figure
 from tasks._sam import PointSegmenter, need_transformers
-from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
-from tasks.draw import point_figure
+from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks.measures.interactive import InteractiveMeasures
 from tasks.run.results import ByMethod, ImageResult, Masks, Points, slug
 

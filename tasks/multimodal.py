@@ -7,13 +7,13 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
-from datamodules.samples import Batch
+from datamodules._samples import Batch
 from surgery import Texts, feature_surgery, similarity, similarity_map
 from surgery.texts import empty_text
 from surgery.tokens import rank_tokens, readable, token_similarity, tokenise
 from surgery.towers import ImageTokens
-from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
-from tasks.draw import caption_figure
+from tasks._draw import caption_figure
+from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks.measures.multimodal import TOP, MultimodalMeasures
 from tasks.run.results import Facts, ImageResult, Similarities, Tokens
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from common.errors import InvalidSetting
-from datamodules.samples import Batch
+from datamodules._samples import Batch
 from surgery import Texts, encode_prompts, feature_surgery, similarity_map
 from surgery.opinions import Ascent, ascend, mean_feature, seed_from, views, word_frequencies
-from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
+from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks.explainability import draw_maps
 from tasks.measures.opinions import OpinionsMeasures
 from tasks.run.results import Facts, ImageResult, Masks, Similarities

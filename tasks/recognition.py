@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from common.errors import InvalidSetting
-from datamodules.samples import Batch
-from datamodules.shards import ShardDataModule
+from datamodules._datamodule import ShardDataModule
+from datamodules._samples import Batch
 from surgery import ImageTokens, similarity
 from surgery.features import merged_predictions, prediction_surgery
-from tasks._texts import read_text_features
-from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
+from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
+from tasks._text_features import read_text_features
 from tasks.measures.recognition import RecognitionMeasures, other_form
 from tasks.run.results import Facts, ImageResult, Scores
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from common.errors import InvalidSetting
-from datamodules.samples import Batch, DatasetInfo
-from datamodules.shards import ShardDataModule
+from datamodules._datamodule import ShardDataModule
+from datamodules._samples import Batch, DatasetInfo
 from surgery.views import best_text, cut_views, view_similarities
-from tasks.base import DEFAULT_BACKBONE, BackboneConfig, Task
-from tasks.draw import label_figure
+from tasks._draw import label_figure
+from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks.measures.segmentation import SegmentationMeasures
 from tasks.run.results import Facts, ImageResult, LabelMap
 

@@ -8,8 +8,8 @@ gradients of some layer. A new tower is a file with a class, and a row in `TOWER
 from typing import Any
 
 from common.errors import InvalidSetting
-from surgery.towers.base import ImageTokens, Plan, Step, Tower, Visitor
-from surgery.towers.positions import resize_positions
+from surgery.towers._positions import resize_positions
+from surgery.towers._tower import ImageTokens, Plan, Step, Tower, Visitor
 from surgery.towers.resnet import ResNet
 from surgery.towers.vit import ViT
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from surgery.attention import Recipe, attend, neighbour_bias
 from surgery.precision import widen
-from surgery.towers.base import (
+from surgery.towers._tower import (
     ImageTokens,
     Plan,
     Step,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from surgery.attention import attend, neighbour_bias
 from surgery.precision import wide_norm, widen
-from surgery.towers.base import (
+from surgery.towers._tower import (
     ImageTokens,
     Plan,
     Step,

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from common import signals
 from common.errors import UserError
 from tasks._configs import InvalidConfig
-from tasks._parser import Predict, read_words
+from tasks._predict import Predict, read_words
 from tasks._ranks import Ranks
 from tasks.run.terminal import print_report
 

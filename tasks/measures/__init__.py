@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from datamodules.samples import DatasetInfo
+from datamodules._samples import DatasetInfo
 from tasks import TASKS
-from tasks.measures.base import Cell, Measures, Report, Table
+from tasks.measures._measures import Cell, Measures, Report, Table
 
 __all__ = ["Cell", "Measures", "Report", "Table", "measures_of"]
 

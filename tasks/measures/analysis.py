@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from datamodules.samples import DatasetInfo
+from datamodules._samples import DatasetInfo
 from surgery.analysis import MODULES
 from surgery.metrics import ClassMean, ImageMean, Survival
-from tasks.measures.base import Cell, Measures, Report, Table, by_class
+from tasks.measures._measures import Cell, Measures, Report, Table, by_class
 
 SELECTIONS = ("raw", "consistent", "consistent_same_token", "blind")
 """Whose foreground selection: raw attention, asked by the token of plain CLIP's map; consistent

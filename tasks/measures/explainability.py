@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datamodules.samples import DatasetInfo
+from datamodules._samples import DatasetInfo
 from surgery.metrics import MeanScoreContrast, ThresholdIoU
-from tasks.measures.base import Measures, Report, by_class, label_masks
+from tasks.measures._measures import Measures, Report, by_class, label_masks
 
 
 class ExplainabilityMeasures(Measures):

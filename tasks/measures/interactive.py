@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from datamodules.samples import DatasetInfo
+from datamodules._samples import DatasetInfo
 from surgery.metrics import MaskIoU, PointAccuracy
-from tasks.measures.base import Measures, Report, by_class, label_masks
+from tasks.measures._measures import Measures, Report, by_class, label_masks
 
 
 class InteractiveMeasures(Measures):

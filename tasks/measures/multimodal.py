@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from datamodules.samples import DatasetInfo
+from datamodules._samples import DatasetInfo
 from surgery.metrics import TokenRanks
-from tasks.measures.base import Cell, Measures, Report, Table
+from tasks.measures._measures import Cell, Measures, Report, Table
 
 TOP = 3
 RANKS = ("first", "second", "third")

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from datamodules.samples import DatasetInfo
+from datamodules._samples import DatasetInfo
 from surgery.metrics import ClassMean, WordCounts
-from tasks.measures.base import Measures, Report, Table
+from tasks.measures._measures import Measures, Report, Table
 
 LONGEST = 100
 

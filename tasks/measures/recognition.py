@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from datamodules.samples import DatasetInfo
+from datamodules._samples import DatasetInfo
 from surgery.metrics import MeanAveragePrecision
-from tasks.measures.base import Measures, Report, by_class
+from tasks.measures._measures import Measures, Report, by_class
 
 
 class RecognitionMeasures(Measures):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from datamodules.samples import VOID, DatasetInfo
+from datamodules._samples import VOID, DatasetInfo
 from surgery.metrics import Confusion
-from tasks.measures.base import Measures, Report, by_class
+from tasks.measures._measures import Measures, Report, by_class
 
 
 class SegmentationMeasures(Measures):

@@ -16,16 +16,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from common import signals
-from datamodules.samples import Batch
-from tasks._processes import Processes
-from tasks.base import Task
-from tasks.run.background import Background
+from datamodules._samples import Batch
+from tasks._task import Task
 from tasks.run.errors import RunError
 from tasks.run.folder import Run
+from tasks.run.processes import Processes
 from tasks.run.results import ImageResult
 from tasks.run.shard import OutputShard, ShardRecord, find_shard, load_states
 from tasks.run.summary import Published, note_loss
-from tasks.run.tolerance import Tally
+from tasks.run.tally import Tally
+from tasks.run.writer_thread import WriterThread
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class ResultWriter(BasePredictionWriter):
         self.overwrite = overwrite
         self.config = ""
         self._processes = Processes()
-        self._background = Background()  # encodes and writes while the next batch is computed
+        self._thread = WriterThread()  # encodes and writes while the next batch is computed
         self._shard: OutputShard | None = None
         self._mine: list[str] = []
 
@@ -164,10 +164,10 @@ class ResultWriter(BasePredictionWriter):
             )
         shard.position = batch.end
         shard.errors += batch.errors
-        self._background.run(partial(shard.add, prediction))
+        self._thread.run(partial(shard.add, prediction))
         if batch.last:
             states = task.measures.pop()
-            self._background.finish()
+            self._thread.finish()
             self._shard = None
             shard.publish(states)
             self.tally.add(len(shard.keys), len(shard.errors))
@@ -180,7 +180,7 @@ class ResultWriter(BasePredictionWriter):
 
     def _leave(self) -> None:
         """Drop the unfinished shard, and leave the folder to others."""
-        self._background.drop()
+        self._thread.drop()
         if self._shard:
             self._shard.abandon()
             self._shard = None
@@ -201,7 +201,7 @@ class ResultWriter(BasePredictionWriter):
         """Merge the states of all shards and write the run's summary, on rank 0."""
         if self._shard:
             log.warning("shard %s was not read to its end: it is left out", self._shard.name)
-            self._background.drop()
+            self._thread.drop()
             self._shard.abandon()
             self._shard = None
         elsewhere = self._fetch_records() if trainer.world_size > 1 else {}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.files import write_atomically
 from datamodules._contents import has_changed
-from datamodules.samples import DatasetInfo, SampleError
+from datamodules._samples import DatasetInfo, SampleError
 from tasks.run.errors import RunError
 from tasks.run.lock import FolderLock, Job
 from tasks.run.reading import read_images

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from datamodules.samples import DatasetInfo
+from datamodules._samples import DatasetInfo
 from tasks.run.errors import RunError
 from tasks.run.results import Stored, StoredImage, decode_table
 from tasks.run.shard import STATE, ShardRecord

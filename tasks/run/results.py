@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from datamodules.samples import VOID, DatasetInfo
+from datamodules._samples import VOID, DatasetInfo
 
 Files = dict[str, np.ndarray]
 """File ending -> array: label values [H,W] (``*.png``), numbers (``*.npy``), RGB (``*.jpg``)."""

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from webdataset import TarWriter
 
-from datamodules.samples import DatasetInfo, SampleError
+from datamodules._samples import DatasetInfo, SampleError
 from tasks.run.errors import RunError
 from tasks.run.results import ImageResult, encode_table
 

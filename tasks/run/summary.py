@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from common.files import csv_text, finite, write_atomically
-from datamodules.samples import SampleError
+from datamodules._samples import SampleError
 from tasks.run.errors import RunError
 from tasks.run.shard import ShardRecord, find_shard, load_states
 from tasks.run.tables import write_tables

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from tasks.run.folder import Run
-from tasks.run.tolerance import Tally
+from tasks.run.tally import Tally
 
 _REASONS = 5
 

@@ -13,8 +13,8 @@ from torch._subclasses import FakeTensorMode
 
 from common.errors import InvalidSetting
 from datamodules import VOC, _device_decode
-from datamodules.samples import Batch, Encoded, Sample, SampleError
-from datamodules.shards import ShardDataModule
+from datamodules._datamodule import ShardDataModule
+from datamodules._samples import Batch, Encoded, Sample, SampleError
 from tasks.__main__ import main
 from tests.datamodules import fakes
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from datamodules import GCC3M
 from datamodules._convert import Source, sample_members, write_shards
-from datamodules.samples import DatasetInfo
+from datamodules._samples import DatasetInfo
 from tasks.__main__ import main
 from tests.datamodules.fakes import fake_coco, fake_voc, picture
 from tests.tasks.conftest import TINY

@@ -15,10 +15,10 @@ from datamodules import Images
 from datamodules._contents import has_changed
 from datamodules._decode import read_index_png, reason_of
 from datamodules._device_decode import load_decoder
+from datamodules._samples import Encoded, Wanted
 from datamodules._tar import MAX_KEY, BadSample
 from datamodules.images import find_images, make_key
-from datamodules.samples import Encoded, Wanted
-from tasks.base import Task
+from tasks._task import Task
 from tests.datamodules.fakes import picture
 
 SIZE = (20, 30)

@@ -25,7 +25,7 @@ from PIL import Image
 
 from datamodules import _loader, _remote
 from datamodules._decode import Decoder
-from datamodules.shards import ShardStream
+from datamodules._shards import ShardStream
 from surgery.backbone import Backbone
 from surgery.towers.vit import ViT
 from tasks.__main__ import main

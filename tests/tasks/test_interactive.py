@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.samples import DatasetInfo
+from datamodules._samples import DatasetInfo
 from tasks.__main__ import main
 from tasks.interactive import texts_of
 from tests.tasks.conftest import members

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from datamodules._drawing import draw_scene
-from datamodules.samples import Batch, Sample
+from datamodules._samples import Batch, Sample
 from datamodules.shapes import INFO
 from surgery import load_backbone
 from tasks import BackboneConfig, Multimodal
-from tasks.draw import COLOURS, caption_strip
+from tasks._draw import COLOURS, caption_strip
 from tasks.measures.multimodal import MultimodalMeasures
 from tests.tasks.conftest import members
 

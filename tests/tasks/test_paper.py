@@ -5,7 +5,7 @@ import statistics
 import pytest
 
 from surgery import RECIPES
-from tasks.paper import ABLATIONS, METHODS, numbers, readings
+from tasks._paper import ABLATIONS, METHODS, numbers, readings
 
 
 def values(**wanted: str) -> list[float]:

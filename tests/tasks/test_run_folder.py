@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from common import signals
-from datamodules.samples import DatasetInfo, SampleError
+from datamodules._samples import DatasetInfo, SampleError
 from tasks import Run
 from tasks.__main__ import main
 from tasks.run import (

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from datamodules.samples import SampleError
+from datamodules._samples import SampleError
 from tasks.__main__ import main
-from tasks.run.tolerance import Tally
+from tasks.run.tally import Tally
 from tests.tasks.conftest import members, same_results
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from datamodules._drawing import NOUNS
-from datamodules.samples import DatasetInfo
+from datamodules._samples import DatasetInfo
 from surgery import encode_prompts, load_backbone
 from tasks import Segmentation
 from tasks.__main__ import main

@@ -1,28 +1,25 @@
-"""Shards in: a list of webdataset tars becomes batches, each of one shard, in a fixed order."""
+"""What all data sets share: the DataModule that streams shards."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
-from glob import escape, glob
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from braceexpand import braceexpand
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import IterableDataset, get_worker_info
 
-from common.errors import InvalidSetting, MissingFile
+from common.errors import InvalidSetting
 from common.pictures import MAX_PIXELS
 from datamodules._contents import describe_file
 from datamodules._dataset_json import read_dataset_json
-from datamodules._decode import Decoder, reason_of
+from datamodules._decode import Decoder
 from datamodules._device_decode import decode_pending, load_decoder
 from datamodules._download import Archive
 from datamodules._loader import BatchLoader
@@ -31,74 +28,14 @@ from datamodules._remote import (
     TIMEOUT,
     Spool,
     SpoolFolder,
-    check_protocol,
     is_remote,
     needs_spool,
-    without_query,
 )
-from datamodules._tar import TARS, Entry, ShardError, index_shard
+from datamodules._samples import Batch, DatasetInfo, Wanted, Wording
+from datamodules._shards import ShardStream, expand_shards, name_shards
 from datamodules._words import read_names, worded
-from datamodules.samples import Batch, DatasetInfo, Sample, SampleError, Wanted, Wording
 
 _PATIENCE = 10  # times --data.timeout, in which a shard is tried again and a batch is decoded
-
-
-class ShardStream(IterableDataset[Batch]):
-    """Batches of the given shards, shard after shard.
-
-    A batch is ``batch_size`` consecutive samples of one shard, so it depends on the shard alone. The
-    loader workers of a rank take turns batch by batch (worker ``w`` of ``W`` makes batches ``w``,
-    ``w + W``, ...): the DataLoader hands them out in the same order as one process would, and even
-    a single shard keeps all workers busy. Every worker reads the headers of every shard, but only the
-    bytes of its own batches.
-
-    Args:
-        shards: (name, path or URL) of each shard of this rank.
-        batch_size: samples a batch.
-        decoder: makes a sample of a shard's entry.
-        spool: fetches remote shards.
-    """
-
-    def __init__(
-        self, shards: list[tuple[str, str]], batch_size: int, decoder: Decoder, spool: Spool
-    ) -> None:
-        super().__init__()
-        self.shards = shards
-        self.batch_size = batch_size
-        self.decoder = decoder
-        self.spool = spool
-
-    def __iter__(self) -> Iterator[Batch]:
-        worker = get_worker_info()
-        turn, turns = (worker.id, worker.num_workers) if worker else (0, 1)
-        position = 0
-        for name, url in self.shards:
-            try:
-                with self._entries(url) as entries:
-                    for start in range(0, len(entries), self.batch_size) or range(1):
-                        if position % turns == turn:
-                            yield self._batch(name, entries, start)
-                        position += 1
-            except ShardError as error:
-                if position % turns == turn:
-                    errors = [SampleError(name, "", str(error))]
-                    yield Batch.collate(name, 0, 0, [], errors)
-                position += 1
-
-    @contextmanager
-    def _entries(self, url: str) -> Iterator[list[Entry]]:
-        with self.spool.local(url) as path:
-            yield index_shard(path, without_query(url))
-
-    def _batch(self, name: str, entries: list[Entry], start: int) -> Batch:
-        samples: list[Sample] = []
-        errors: list[SampleError] = []
-        for entry in entries[start : start + self.batch_size]:
-            try:
-                samples.append(self.decoder(entry))
-            except Exception as error:  # a stranger's bytes may break any decoder in any way
-                errors.append(SampleError(name, entry.key, reason_of(error)))
-        return Batch.collate(name, start, len(entries), samples, errors)
 
 
 class ShardDataModule(LightningDataModule):
@@ -402,70 +339,3 @@ def _sizes(folder: str) -> list[tuple[str, int]]:
         with suppress(OSError):  # it was read meanwhile
             found.append((entry.name, entry.stat().st_size))
     return sorted(found)
-
-
-def expand_shards(shards: str | list[str], *, allow_pipe: bool = False) -> list[str]:
-    """All shards that a folder, pattern, URL or list of these stands for, in order.
-
-    Raises:
-        FileNotFoundError: nothing matches.
-        ValueError: a ``pipe:`` shard without ``allow_pipe``.
-    """
-    if isinstance(shards, list):
-        return [s for spec in shards for s in expand_shards(spec, allow_pipe=allow_pipe)]
-    if shards.startswith("pipe:"):
-        if not allow_pipe:
-            raise InvalidSetting(
-                f"{shards!r} would run a shell command; if you trust it, set --data.allow_pipe true"
-            )
-        return [shards]
-    found: list[str] = []
-    for spec in braceexpand(shards):
-        spec = spec.removeprefix("file://")
-        if is_remote(spec):
-            check_protocol(spec)
-            found.append(spec)
-        elif os.path.isdir(spec):
-            found += tars_in(spec)
-        elif any(c in spec for c in "*?["):
-            found += sorted(glob(spec))
-        else:
-            found.append(spec)
-    missing_all = not found or (
-        len(found) == 1 and not is_remote(found[0]) and not os.path.exists(found[0])
-    )
-    if missing_all:
-        raise MissingFile(
-            f"no shards at {without_query(shards)!r} (seen from {os.getcwd()}): give a folder of *.tar, "
-            f"a pattern or a URL with --data.shards; `lightning shards --help` makes shards of a data set"
-        )
-    return found
-
-
-def tars_in(folder: str) -> list[str]:
-    """The ``*.tar`` of a folder, or else its packed tars, in order."""
-    for endings in (TARS[:1], TARS[1:]):
-        found = [p for end in endings for p in glob(os.path.join(escape(folder), f"*{end}"))]
-        if found:
-            break
-    return sorted(found)
-
-
-def name_shards(urls: list[str]) -> list[tuple[str, str]]:
-    """Give each shard a unique name: its file name without .tar, led by folders where needed."""
-
-    def name(url: str, depth: int) -> str:
-        parts = without_query(url).rstrip("'\" -")
-        for ending in (".gz", ".tgz", ".tar"):
-            parts = parts.removesuffix(ending)
-        kept = [p for p in parts.replace("\\", "/").split("/") if p and p not in (".", "..")][
-            -depth:
-        ]
-        return "_".join("".join(c if c.isalnum() or c in "-_." else "-" for c in p) for p in kept)
-
-    for depth in range(1, 12):
-        names = [name(url, depth) for url in urls]
-        if len(set(names)) == len(names):
-            return list(zip(names, urls, strict=True))
-    listed = sorted(without_query(url) for url in urls)
-    raise InvalidSetting(f"the same shard is listed twice: {listed[:4]}")

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import torch
 
 
-class Background:
+class WriterThread:
     """Runs calls in the order given on a thread of its own.
 
     What a call raises is raised here, by the next `run` or by `finish`.

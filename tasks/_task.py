@@ -15,11 +15,11 @@ from torch import Tensor
 import datamodules
 from common.errors import InvalidSetting
 from datamodules import DATASETS
-from datamodules.samples import DatasetInfo
-from datamodules.shards import ShardDataModule
+from datamodules._datamodule import ShardDataModule
+from datamodules._samples import DatasetInfo
 from surgery import Backbone, ImageTokens, Texts, explain, load_backbone
 from tasks import TASKS
-from tasks._texts import read_text_features
+from tasks._text_features import read_text_features
 from tasks.measures import Measures
 
 _GATHERING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from datamodules.samples import VOID, DatasetInfo
+from datamodules._samples import VOID, DatasetInfo
 
 if TYPE_CHECKING:
     from typing_extensions import Self

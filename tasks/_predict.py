@@ -30,7 +30,7 @@ from tasks._configs import (
 )
 from tasks._progress import ImageProgress
 from tasks._ranks import Ranks, environment
-from tasks.base import Task
+from tasks._task import Task
 from tasks.run import Run, RunError
 from tasks.run.callback import ResultWriter
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from datamodules.samples import VOID
+from datamodules._samples import VOID
 from surgery.visualize import heat_map
 
 COLOURS = ((240, 90, 80), (250, 210, 40), (110, 160, 250))

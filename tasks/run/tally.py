@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datamodules.samples import SampleError
+from datamodules._samples import SampleError
 
 FEWEST = 1000
 """Of fewer samples or shards than this, a share means nothing: one bad photo of five is no disaster."""
