@@ -31,6 +31,7 @@ from webdataset import TarWriter
 from common import signals
 from common.errors import UserError
 from common.files import file_sha256, write_atomically
+from common.pictures import MAX_PIXELS, BadPicture, identify
 from datamodules._dataset_json import NAME, UNFINISHED, read_dataset_json
 from datamodules._decode import read_index_png
 from datamodules._samples import DatasetInfo
@@ -91,7 +92,8 @@ def write_shards(
     to the same folder waits for the first.
 
     Raises:
-        SourceError: the output folder holds shards of another data set or split.
+        SourceError: the output folder holds shards of another data set or split, or tars that no
+            conversion made.
     """
     output.mkdir(parents=True, exist_ok=True)
     with _alone(output):
@@ -107,6 +109,12 @@ def _write_shards(
             f"{output} holds shards of {before.get('dataset')} {before.get('split')}, not of "
             f"{source.info.name} {source.split}: choose another --output"
         )
+    listed = {shard["name"] for shard in before.get("shards", [])}
+    for tar in sorted(output.glob("*.tar")):
+        if tar.name not in listed and not tar.with_name(f"{tar.name}.json").exists():
+            raise SourceError(
+                f"{output} holds {tar.name}, which is no shard made here: choose another --output"
+            )
     groups = {
         f"{start // shard_size:06d}.tar": source.items[start : start + shard_size]
         for start in range(0, len(source.items), shard_size)
@@ -124,8 +132,9 @@ def _write_shards(
     for name in stale:
         (output / name).unlink()
         (output / f"{name}.json").unlink(missing_ok=True)
-    for leftover in output.glob("*.partial"):
-        leftover.unlink()
+    for pattern in ("[0-9]*.tar.*.partial", ".*.json.*.partial"):
+        for leftover in output.glob(pattern):
+            leftover.unlink()
     _write_missing(source, output, groups, done, workers)
     shards = [done[name] for name in sorted(done)]
     described = {
@@ -288,15 +297,15 @@ def image_size(image: Path) -> tuple[int, int]:
     """(width, height) of an image that can be read to its end.
 
     Raises:
-        BadSample: it isn't there, or is broken.
+        BadSample: it isn't there, is broken, or of a format that is not opened.
     """
     try:
-        with Image.open(image) as picture:
-            picture.load()
-            return picture.size
+        picture = identify(image.read_bytes(), MAX_PIXELS)
+        picture.load()
+        return picture.size
     except FileNotFoundError:
         raise BadSample(f"{image} is missing") from None
-    except OSError as error:
+    except (OSError, BadPicture) as error:
         raise BadSample(f"{image} can't be read: {error}") from None
 
 

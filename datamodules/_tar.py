@@ -63,9 +63,10 @@ class Entry:
 
 
 def index_shard(path: str | Path, name: str = "") -> list[Entry]:
-    """List the samples of a shard from its headers, in file order.
+    """List the samples of a shard from its headers, in the order of their first members.
 
-    Samples are runs of members with the same key, as webdataset groups them.
+    A sample is all members of the same key. In webdataset's own tars they follow each other; a plain
+    `tar -cf x.tar .` has them in the order in which the file system lists them.
 
     Args:
         path: the tar.
@@ -76,11 +77,11 @@ def index_shard(path: str | Path, name: str = "") -> list[Entry]:
     """
     name = name or str(path)
     entries: list[Entry] = []
-    keys: set[str] = set()
+    places: dict[str, int] = {}
     try:
         with open(path, "rb") as file:
             for member in _members(file):
-                _add(entries, keys, member, str(path))
+                _add(entries, places, member, str(path))
     except FileNotFoundError:
         raise ShardError(f"{name} does not exist") from None
     except ShardError as error:
@@ -90,7 +91,8 @@ def index_shard(path: str | Path, name: str = "") -> list[Entry]:
     return entries
 
 
-def _add(entries: list[Entry], keys: set[str], member: tarfile.TarInfo, path: str) -> None:
+def _add(entries: list[Entry], places: dict[str, int], member: tarfile.TarInfo, path: str) -> None:
+    """Add a member to its sample; ``places`` has the last of ``entries`` with each key."""
     # `tar -cf x.tar .` writes ./name, which is as harmless as name.
     stored = member.name.removeprefix("./")
     prefix, extension = base_plus_ext(stored)
@@ -99,16 +101,17 @@ def _add(entries: list[Entry], keys: set[str], member: tarfile.TarInfo, path: st
         return  # webdataset's mark for what is about the shard, not a sample
     defect = _defect(key, member)
     key = readable(key)
-    if entries and entries[-1].key == key and (extension or "") not in entries[-1].members:
-        last = entries[-1]
-        entries[-1] = Entry(key, last.members, last.defect or defect)
-    else:
-        if key in keys:
+    ending = (extension or "").lower()
+    place = places.get(key)
+    if place is None or ending in entries[place].members:
+        if place is not None:
             defect = defect or "its key occurs twice in the shard"
+        place = places[key] = len(entries)
         entries.append(Entry(key, {}, defect))
-        keys.add(key)
-    if extension:
-        entries[-1].members[extension.lower()] = Span(path, member.offset_data, member.size)
+    elif defect and not entries[place].defect:
+        entries[place] = Entry(key, entries[place].members, defect)
+    if ending:
+        entries[place].members[ending] = Span(path, member.offset_data, member.size)
 
 
 class _Header(tarfile.TarInfo):

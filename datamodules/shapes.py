@@ -15,6 +15,7 @@ from datamodules._datamodule import ShardDataModule
 from datamodules._dataset_json import UNFINISHED, read_dataset_json
 from datamodules._drawing import BACKGROUNDS, NOUNS, UNSEEN_BACKGROUNDS, draw_scene
 from datamodules._samples import DatasetInfo
+from datamodules._shards import tars_in
 from datamodules._tar import TARS
 
 PALETTE: Final[tuple[tuple[int, int, int], ...]] = (
@@ -101,9 +102,11 @@ class Shapes(ShardDataModule):
         if UNFINISHED in described:
             if (described["split"], described[UNFINISHED]["samples"]) != (source.split, scenes):
                 read_dataset_json(folder)  # says that it is half made
-        elif any(folder.glob("*.tar")):
+        elif tars_in(self.shards):
             self._refuse_other_scenes(folder, described)
             return
+        elif any(not path.name.startswith(".") for path in folder.glob("*")):
+            return  # somebody's folder: what is not there is told, as of any other data set
         write_shards(source, folder, shard_size=self.scenes_per_shard, workers=1)
 
     def _refuse_other_scenes(self, folder: Path, described: dict[str, Any]) -> None:

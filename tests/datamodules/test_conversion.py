@@ -1,5 +1,6 @@
 """Conversion as a whole: parallel, resumed after being killed, the same bytes each time; verify."""
 
+import gzip
 import io
 import json
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from datamodules import GCC3M
 from datamodules._convert import Source, sample_members, write_shards
@@ -255,6 +256,45 @@ def test_two_conversions_into_one_folder_make_one_data_set(tmp_path):
     assert [process.wait(timeout=240) for process in both] == [0, 0]
     assert checksums(tmp_path / "both") == checksums(tmp_path / "alone")
     assert not list((tmp_path / "both").glob("*.partial"))
+
+
+def test_a_strangers_tars_are_not_touched(tmp_path, tiny_run, capsys):
+    """Neither deleted as stale shards, nor taken for a place where nothing is yet."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "00000.tar").write_bytes(b"years of downloads")
+    (folder / "00001.tar.part.partial").write_bytes(b"under way")
+    words = ["shards", "shapes", "--count", "3", "--size", "64", "--workers", "1"]
+    assert main([*words, "--output", str(folder)]) == 1
+    assert "holds 00000.tar, which is no shard made here" in capsys.readouterr().err
+    assert sorted(p.name for p in folder.glob("[!.]*")) == ["00000.tar", "00001.tar.part.partial"]
+    (folder / "00000.tar").rename(folder / "00000.tar.bz2")
+    assert tiny_run(folder, tmp_path / "run", "--data.scenes=3", "--data.scene_size=64") == 1
+    assert "no shards at" in capsys.readouterr().err
+    assert not list(folder.glob("*.tar"))
+
+
+def test_a_picture_that_would_run_ghostscript_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", None)  # calling it would be another error
+    source = toy(tmp_path / "in", 2)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n{} loop\n"
+    (tmp_path / "in" / "001.png").write_bytes(eps)
+    described = write_shards(source, tmp_path / "out", workers=1)
+    ((key, reason),) = described["bad"]
+    assert key == "001"
+    assert "it is of the format EPS, which is not opened" in reason
+
+
+def test_packed_shards_in_a_folder_are_the_data(tmp_path, tiny_run):
+    words = ["shards", "shapes", "--count", "3", "--size", "64", "--workers", "1"]
+    assert main([*words, "--output", str(tmp_path / "plain")]) == 0
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    packed = gzip.compress((tmp_path / "plain" / "000000.tar").read_bytes())
+    (folder / "000000.tar.gz").write_bytes(packed)
+    assert tiny_run(folder, tmp_path / "run") == 0
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["images"] == 3
+    assert not list(folder.glob("*.tar"))
 
 
 @pytest.mark.parametrize("text", ["[]", "null", '{"shards": 3}', '{"shards": [{"name": 1}]}', "{"])

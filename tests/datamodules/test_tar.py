@@ -121,6 +121,17 @@ def test_a_name_with_a_point_before_it_is_harmless(index, tmp_path):
     assert "unsafe" in up.defect
 
 
+def test_members_of_a_sample_lie_in_any_order(index):
+    """A file system lists names in an order of its own, and `tar -cf x.tar .` takes that."""
+    entries = index(tar_of("b.txt", "a.jpg", "c.jpg", "b.jpg", "a.txt", "a.jpg", "a.json"))
+    assert [(e.key, e.defect[:13], sorted(e.members)) for e in entries] == [
+        ("b", "", ["jpg", "txt"]),
+        ("a", "", ["jpg", "txt"]),
+        ("c", "", ["jpg"]),
+        ("a", "its key occur", ["jpg", "json"]),
+    ]
+
+
 def test_a_name_that_is_no_text_can_be_stored(index):
     (entry,) = index(
         tar_of("\udcff\udcfe.jpg", format=tarfile.GNU_FORMAT, errors="surrogateescape")
