@@ -22,6 +22,7 @@ COMMANDS = {
     "predict": "run a task over shards: masks, scores and metrics",
     "shards": "turn a data set's official layout into shards",
     "metrics": "recompute a run's metrics from its finished shards",
+    "compare": "runs side by side: metrics, classes, settings, images",
     "list": "list models, data sets, tasks or configs",
 }
 

@@ -116,8 +116,11 @@ class Run:
         except (OSError, ValueError, TypeError) as error:
             raise RunError(f"{path} can't be read ({error}): {again}") from None
 
-    def images(self) -> Iterator[StoredImage]:
+    def images(self, shards: Collection[str] | None = None) -> Iterator[StoredImage]:
         """Every image's results, in shard order, of all shards that are finished.
+
+        Args:
+            shards: only these.
 
         Raises:
             RunError: a shard is damaged.
@@ -129,7 +132,8 @@ class Run:
         """
         info = self.info
         for name in self.shards:
-            if path := find_shard(self.folder, name):
+            wanted = shards is None or name in shards
+            if wanted and (path := find_shard(self.folder, name)):
                 yield from read_images(path, info)
 
     def measures(self) -> Measures:
