@@ -143,7 +143,7 @@ def _write_shards(
         "classes": list(source.info.classes),
         "prompts": list(source.info.prompts),
         "palette": [list(colour) for colour in source.info.palette],
-        "background": source.info.background,
+        "background": source.info.zero_is_background,
         "labels": source.info.labels,
         "samples": sum(s.samples for s in shards),
         **source.extra,

@@ -23,12 +23,12 @@ WIDE_VOID = 65535
 class Wording(NamedTuple):
     """The words a published evaluation gives a text encoder.
 
-    ``classes`` several synonyms a class, in index order; ``background`` what stands for everything
+    ``classes`` several synonyms a class, in index order; ``background_words`` what stands for everything
     else.
     """
 
     classes: tuple[tuple[str, ...], ...]
-    background: tuple[str, ...] = ("background",)
+    background_words: tuple[str, ...] = ("background",)
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class DatasetInfo:
         classes: official class names, in index order, without the background.
         prompts: the words that stand for each class in a text prompt; ``classes`` if empty.
         palette: one RGB colour (0-255) a class.
-        background: whether label value 0 is the background, so that class ``i`` has value ``i + 1``;
-            otherwise class ``i`` has value ``i``.
+        zero_is_background: whether label value 0 is the background, so that class ``i`` has value
+            ``i + 1``; otherwise class ``i`` has value ``i``.
         labels: what the truth of a sample is: ``"mask"`` (label maps, positive labels follow from
             them), ``"positives"`` (image-level labels only) or ``"none"``.
         captions: whether the samples have captions.
@@ -55,7 +55,7 @@ class DatasetInfo:
     classes: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
     palette: tuple[tuple[int, int, int], ...] = field(default=(), repr=False)
-    background: bool = True
+    zero_is_background: bool = True
     labels: str = "mask"
     captions: bool = False
     background_words: tuple[str, ...] = ()
@@ -88,7 +88,7 @@ class DatasetInfo:
 
     def label_value(self, index: int) -> int:
         """Value of class ``index`` in a label map."""
-        return index + 1 if self.background else index
+        return index + 1 if self.zero_is_background else index
 
     def flat_palette(self) -> list[int]:
         """RGB table for a palette PNG of label values: 256 x 3 numbers, void light grey.

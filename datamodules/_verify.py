@@ -77,7 +77,7 @@ def decoder_for(described: dict[str, Any]) -> Decoder:
     info = DatasetInfo(
         name=described.get("dataset", "shards"),
         classes=tuple(described.get("classes", any_byte)),
-        background=described.get("background", True),
+        zero_is_background=described.get("background", True),
         labels=described.get("labels", "none"),
     )
     return Decoder(info, size=(8, 8), max_pixels=MAX_PIXELS)

@@ -53,22 +53,22 @@ def worded(
     if synonyms not in ("none", "raw", *wordings):
         known = ", ".join(("none", "raw", *wordings))
         raise InvalidSetting(f"--data.synonyms {synonyms!r}: {info.name} has {known}")
-    if background and not info.background:
+    if background and not info.zero_is_background:
         raise InvalidSetting(f"--data.background true: {info.name} has no background, only void")
     if synonyms in wordings:
-        words, rest = wordings[synonyms]
+        words, background_words = wordings[synonyms]
     else:
         prompts = info.classes if synonyms == "raw" else info.prompts
-        words, rest = tuple((prompt,) for prompt in prompts), info.background_words
+        words, background_words = tuple((prompt,) for prompt in prompts), info.background_words
     if names:
         words = tuple((name,) for name in names)
     if background is None:
         background = bool(info.background_words)
-    rest = (rest or ("background",)) if background else ()
+    background_words = (background_words or ("background",)) if background else ()
     several = background or any(len(w) > 1 for w in words)
     return replace(
         info,
         prompts=tuple(w[0] for w in words),
-        background_words=rest,
-        synonyms=((rest,) if rest else ()) + words if several else (),
+        background_words=background_words,
+        synonyms=((background_words,) if background_words else ()) + words if several else (),
     )

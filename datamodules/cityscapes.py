@@ -56,7 +56,7 @@ PALETTE = (
     (0, 0, 230),
     (119, 11, 32),
 )
-INFO = DatasetInfo(name="cityscapes", classes=CLASSES, palette=PALETTE, background=False)
+INFO = DatasetInfo(name="cityscapes", classes=CLASSES, palette=PALETTE, zero_is_background=False)
 IMAGE = "_leftImg8bit.png"
 
 

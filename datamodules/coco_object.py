@@ -22,7 +22,7 @@ INFO = DatasetInfo(
 PERSON = (*voc.PERSON, "body")
 NOT_INDOORS = tuple(
     word
-    for word in voc.BACKGROUND
+    for word in voc.BACKGROUND_WORDS
     if word
     not in ("lamp", "door", "window", "wardrobe", "ceiling", "shelf", "curtain", "stair", "fence")
 )
@@ -40,7 +40,7 @@ class COCOObject(ShardDataModule):
     archives: ClassVar = coco_stuff.COCOStuff.archives
     wordings: ClassVar = {
         "sclip": Wording(
-            tuple(PERSON if name == "person" else (name,) for name in CLASSES), voc.BACKGROUND
+            tuple(PERSON if name == "person" else (name,) for name in CLASSES), voc.BACKGROUND_WORDS
         ),
         "proxyclip": Wording(tuple((name,) for name in CLASSES), NOT_INDOORS),
     }

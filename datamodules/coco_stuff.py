@@ -131,7 +131,7 @@ INFO = DatasetInfo(
     name="coco_stuff",
     classes=CLASSES,
     prompts=tuple(readable(name) for name in CLASSES),
-    background=False,
+    zero_is_background=False,
 )
 LAYOUT = """\
   annotations/val2017/000000000139.png ...   (or stuffthingmaps_trainval2017/val2017/, or val2017/;

@@ -35,7 +35,12 @@ PALETTE: Final[tuple[tuple[int, int, int], ...]] = (
 """One colour for each of `NOUNS`, for masks and legends."""
 
 INFO: Final = DatasetInfo(
-    name="shapes", classes=NOUNS, palette=PALETTE, background=True, labels="mask", captions=True
+    name="shapes",
+    classes=NOUNS,
+    palette=PALETTE,
+    zero_is_background=True,
+    labels="mask",
+    captions=True,
 )
 
 

@@ -41,7 +41,7 @@ SPACED = {
 """The official names, where they join words."""
 
 READABLE = {"aeroplane": "airplane"}
-BACKGROUND = (
+BACKGROUND_WORDS = (
     "sky",
     "wall",
     "tree",
@@ -81,7 +81,7 @@ INFO = DatasetInfo(
     classes=CLASSES,
     prompts=tuple(SPACED.get(name, name) for name in CLASSES),
     palette=colour_table(len(CLASSES) + 1)[1:],
-    background=True,
+    zero_is_background=True,
 )
 
 
@@ -95,9 +95,11 @@ class VOC(ShardDataModule):
 
     info = INFO
     wordings: ClassVar = {
-        "sclip": Wording(tuple(SCLIP.get(name, (name,)) for name in CLASSES), BACKGROUND),
+        "sclip": Wording(tuple(SCLIP.get(name, (name,)) for name in CLASSES), BACKGROUND_WORDS),
         "readable": Wording(tuple((READABLE.get(p, p),) for p in INFO.prompts)),
-        "proxyclip": Wording(tuple(RENAMED.get(name, (name,)) for name in CLASSES), BACKGROUND),
+        "proxyclip": Wording(
+            tuple(RENAMED.get(name, (name,)) for name in CLASSES), BACKGROUND_WORDS
+        ),
     }
     archives: ClassVar = (
         Archive(

@@ -11,7 +11,7 @@ from torch import Tensor
 from common.errors import InvalidSetting
 from datamodules._datamodule import ShardDataModule
 from datamodules._samples import Batch, DatasetInfo
-from surgery.views import best_text, cut_views, view_similarities
+from surgery.windows import best_text, cut_windows, window_similarities
 from tasks._draw import label_figure
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks.measures.segmentation import SegmentationMeasures
@@ -84,7 +84,7 @@ class Segmentation(Task):
     def check_data(self, datamodule: ShardDataModule) -> None:
         """Refuse a background where no label value is left for it."""
         super().check_data(datamodule)
-        if self.has_background(datamodule.info) and not datamodule.info.background:
+        if self.has_background(datamodule.info) and not datamodule.info.zero_is_background:
             raise InvalidSetting(
                 f"{datamodule.info.name} has no background: its label value 0 is "
                 f"{datamodule.info.classes[0]!r}; leave out --model.background and --model.prob_thd"
@@ -127,22 +127,22 @@ class Segmentation(Task):
         stride = self.stride or (window and (self.tile or (window + 1) // 2))
         images = list(batch.images)
         sizes = [(image.shape[1], image.shape[2]) for image in images]
-        views = [cut_views(size, window, stride) for size in sizes]
-        scores = view_similarities(self.backbone, images, views, self.texts.features)
+        windows = [cut_windows(size, window, stride) for size in sizes]
+        scores = window_similarities(self.backbone, images, windows, self.texts.features)
         scale = None if self.prob_thd is None else self.logit_scale
         results = []
         for i, sample in enumerate(batch.samples):
             word, probability = best_text(
-                scores[i], views[i], sizes[i], sample.size, self.backbone.patch_size, scale=scale
+                scores[i], windows[i], sizes[i], sample.size, self.backbone.patch_size, scale=scale
             )
             predicted = self.values[word]
             if probability is not None and self.prob_thd is not None:
                 predicted = predicted.where(probability >= self.prob_thd, 0)
             self.measures.update(predicted, sample.label, sample.positives or ())
-            results.append(self._result(sample.key, images[i], predicted, len(views[i])))
+            results.append(self._result(sample.key, images[i], predicted, len(windows[i])))
         return results
 
-    def _result(self, key: str, image: Tensor, predicted: Tensor, views: int) -> ImageResult:
+    def _result(self, key: str, image: Tensor, predicted: Tensor, windows: int) -> ImageResult:
         shares = torch.bincount(predicted.flatten()).cpu().double() / predicted.numel()
         names = {self.info.label_value(i): name for i, name in enumerate(self.info.classes)}
         labels = predicted.cpu().numpy().astype(self.info.label_type)
@@ -151,7 +151,7 @@ class Segmentation(Task):
             for value, share in enumerate(shares.tolist())
             if share
         }
-        results = (LabelMap(labels, found), Facts({"views": views}))
+        results = (LabelMap(labels, found), Facts({"views": windows}))
         draw = partial(draw_labels, image.cpu(), labels, self.info) if self.draws else None
         return ImageResult(key, results, draw)
 

@@ -78,7 +78,7 @@ def truth_map(label: Tensor, positives: tuple[int, ...], info: DatasetInfo) -> T
     if label.ndim == 2:
         truth = label.long()
         return truth.where(truth != info.void, -1)
-    truth = torch.full(label.shape[1:], 0 if info.background else -1, device=label.device)
+    truth = torch.full(label.shape[1:], 0 if info.zero_is_background else -1, device=label.device)
     truth[(label == VOID).any(0)] = -1
     claims = (label == 1).sum(0)
     for index, mask in zip(positives, label, strict=True):

@@ -79,8 +79,17 @@ class Run:
 
     @property
     def info(self) -> DatasetInfo:
-        """The data set."""
-        return DatasetInfo(**{k: _tuples(v) for k, v in self.described["info"].items()})
+        """The data set.
+
+        Raises:
+            RunError: it is described in the words of another version of this package.
+        """
+        try:
+            return DatasetInfo(**{k: _tuples(v) for k, v in self.described["info"].items()})
+        except TypeError as error:
+            raise RunError(
+                f"{self.folder / MARKER} is of another version of this package ({error}): start anew"
+            ) from None
 
     @property
     def shards(self) -> list[str]:

@@ -257,7 +257,7 @@ class Masks(Result):
     def read_listed(cls, stored: Stored, listed: Mapping[str, str], *, words: bool) -> Masks:
         """The masks in ``listed``, name -> file."""
         numbers = [int(file.split(".")[1].split("-")[0]) for file in listed.values()]
-        outside = 0 if words or stored.info.background else stored.info.void
+        outside = 0 if words or stored.info.zero_is_background else stored.info.void
         masks = [stored.array(file) != outside for file in listed.values()]
         size = (0, *stored.record.get("size", (0, 0)))
         return cls(list(listed), numbers, np.stack(masks) if masks else np.zeros(size, bool), words)
@@ -269,7 +269,7 @@ def _label_values(mask: np.ndarray, number: int, info: DatasetInfo, words: bool)
         return np.where(mask, np.uint8(VOID), np.uint8(0))  # the one value with a colour always
     inside = info.label_type(info.label_value(number))
     # Without a background, 0 is a class: whatever is not of this one is void.
-    outside = info.label_type(0 if info.background else info.void)
+    outside = info.label_type(0 if info.zero_is_background else info.void)
     return np.where(mask, inside, outside)
 
 

@@ -132,7 +132,9 @@ def test_names_colours_and_words_fit(name, tmp_path):
     assert len(set(info.classes)) == len(set(info.prompts)) == len(info.classes)
     assert len(info.palette) == len(info.classes)
     for wording in cls.wordings:
-        data = cls(shards=str(tmp_path), synonyms=wording, background=info.background or None)
+        data = cls(
+            shards=str(tmp_path), synonyms=wording, background=info.zero_is_background or None
+        )
         assert len(data.info.prompts) == len(info.classes)
         words = len(info.classes) + bool(data.info.background_words)
         assert len(data.info.synonyms) in (0, words)

@@ -12,7 +12,7 @@ from surgery.metrics import (
     ThresholdIoU,
 )
 from surgery.points import combined_points
-from surgery.views import View, best_text
+from surgery.windows import Window, best_text
 
 NO_TEXT = torch.empty(0, 4)
 
@@ -40,7 +40,7 @@ def test_points_and_analyses():
 
 def test_no_text_is_the_best():
     with pytest.raises(ValueError, match="one or more texts"):
-        best_text([torch.empty(0, 2, 3)], [View(0, 0, 4, 6)], (4, 6), (4, 6), (2, 2))
+        best_text([torch.empty(0, 2, 3)], [Window(0, 0, 4, 6)], (4, 6), (4, 6), (2, 2))
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")

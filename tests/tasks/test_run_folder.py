@@ -136,7 +136,7 @@ def test_every_tasks_results_come_back(predict, scenes, tmp_path, task, kind, la
 
 
 def test_sam_masks_and_a_class_without_a_value_of_its_own():
-    info = DatasetInfo("roads", ("road", "car"), background=False)
+    info = DatasetInfo("roads", ("road", "car"), zero_is_background=False)
     mask = np.array([[True, False]])
     files = Masks(["road", "car"], [0, 1], np.stack([mask, ~mask])).files(info)
     assert files["mask.000-road.png"].tolist() == [[0, 255]]

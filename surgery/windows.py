@@ -11,14 +11,14 @@ from common.errors import InvalidSetting
 from surgery.backbone import Backbone
 from surgery.features import similarity
 
-_VIEWS_AT_ONCE = 8
+_WINDOWS_AT_ONCE = 8
 _NUMBERS_IN_CACHE = 1 << 20
 _NUMBERS_AT_ONCE = 1 << 24  # 64 MiB of float32: similarities at pixel resolution held at a time
 
 
 @dataclass(frozen=True)
-class View:
-    """A rectangle of an image.
+class Window:
+    """A rectangle of an image that the network sees at once.
 
     Attributes:
         top, left: its first row and column of pixels.
@@ -36,14 +36,14 @@ class View:
         return image[..., self.top : bottom, self.left : right]
 
 
-def cut_views(
+def cut_windows(
     size: tuple[int, int], window: int | None = None, stride: int | None = None
-) -> list[View]:
+) -> list[Window]:
     """Square windows that cover an image, row by row; without a window, all of it.
 
     Where windows would reach over the lower or right border, the last ones are moved back inside,
-    as published evaluations do. An image smaller than the window is a view by itself in that
-    direction.
+    as published evaluations do. In a direction in which the image is smaller, the window is as
+    long as the image.
 
     Args:
         size: (height, width) of the image in pixels.
@@ -57,58 +57,58 @@ def cut_views(
         InvalidSetting: a stride that leaves gaps.
 
     Example:
-        >>> [(view.top, view.left) for view in cut_views((4, 10), window=4, stride=4)]
+        >>> [(w.top, w.left) for w in cut_windows((4, 10), window=4, stride=4)]
         [(0, 0), (0, 4), (0, 6)]
     """
     if window is None:
-        return [View(0, 0, *size)]
+        return [Window(0, 0, *size)]
     step = stride or window
     if not 0 < step <= window:
         raise InvalidSetting(f"expected a stride of 1 to {window} pixels, given {step}")
     (tops, height), (lefts, width) = (_starts(side, window, step) for side in size)
-    return [View(top, left, height, width) for top in tops for left in lefts]
+    return [Window(top, left, height, width) for top in tops for left in lefts]
 
 
-def view_similarities(
-    backbone: Backbone, images: Sequence[Tensor], views: Sequence[Sequence[View]], text: Tensor
+def window_similarities(
+    backbone: Backbone, images: Sequence[Tensor], windows: Sequence[Sequence[Window]], text: Tensor
 ) -> list[list[Tensor]]:
-    """Cosine of the patches of each view of each image with texts.
+    """Cosine of the patches of each window of each image with texts.
 
-    Views of equal size are encoded together; one that the patches don't divide is filled up with
+    Windows of equal size are encoded together; one that the patches don't divide is filled up with
     the mean colour at its lower and right border.
 
     Args:
         backbone: that encodes them.
         images: uint8 [3, H, W], of any sizes.
-        views: of each image.
+        windows: of each image.
         text: [T, C].
 
     Returns:
-        [T, h, w] of each view of each image.
+        [T, h, w] of each window of each image.
     """
-    found: list[list[Tensor]] = [[text.new_empty(0)] * len(boxes) for boxes in views]
+    similarities: list[list[Tensor]] = [[text.new_empty(0)] * len(boxes) for boxes in windows]
     alike: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for i, boxes in enumerate(views):
-        for j, view in enumerate(boxes):
-            alike.setdefault((view.height, view.width), []).append((i, j))
-    most = max(_VIEWS_AT_ONCE, len(images))
+    for i, boxes in enumerate(windows):
+        for j, window in enumerate(boxes):
+            alike.setdefault((window.height, window.width), []).append((i, j))
+    most = max(_WINDOWS_AT_ONCE, len(images))
     rows, columns = backbone.patch_size
     for (height, width), places in alike.items():
         for start in range(0, len(places), most):
             chosen = places[start : start + most]
             pixels = backbone.preprocess(
-                torch.stack([views[i][j].of(images[i]) for i, j in chosen])
+                torch.stack([windows[i][j].of(images[i]) for i, j in chosen])
             )
             tokens = backbone.encode_image(F.pad(pixels, (0, -width % columns, 0, -height % rows)))
             scores = similarity(tokens.patch_tokens, text).transpose(1, 2).unflatten(2, tokens.grid)
             for (i, j), values in zip(chosen, scores, strict=True):
-                found[i][j] = values
-    return found
+                similarities[i][j] = values
+    return similarities
 
 
 def best_text(
     scores: Sequence[Tensor],
-    views: Sequence[View],
+    windows: Sequence[Window],
     image_size: tuple[int, int],
     size: tuple[int, int],
     patch_size: tuple[int, int],
@@ -117,14 +117,14 @@ def best_text(
 ) -> tuple[Tensor, Tensor | None]:
     """The text of highest similarity at every pixel of an image.
 
-    The view of a whole image is enlarged to `size` at once, bilinearly and without corner
+    The window of a whole image is enlarged to `size` at once, bilinearly and without corner
     alignment; several are enlarged to their pixels, averaged where they overlap, and then brought
     to `size`. Texts are handled a few at a time, so that memory does not grow with T.
 
     Args:
-        scores: [T, h, w] of each view.
-        views: as the network saw the image.
-        image_size: (height, width) of what the views were cut from.
+        scores: [T, h, w] of each window.
+        windows: where they are.
+        image_size: (height, width) of what the windows were cut from.
         size: (H, W) of the answer.
         patch_size: of the network.
         scale: what similarities are multiplied with in the softmax, if probabilities are wanted.
@@ -139,8 +139,8 @@ def best_text(
     if not len(scores[0]):
         raise ValueError("expected one or more texts to choose from, given none")
     grid = scores[0].shape[1:]
-    seen = tuple(step * cells for step, cells in zip(patch_size, grid, strict=True))
-    if len(views) == 1 and seen == image_size:
+    covered = tuple(step * cells for step, cells in zip(patch_size, grid, strict=True))
+    if len(windows) == 1 and covered == image_size:
         with torch.autocast(scores[0].device.type, enabled=False):
             return _best_of_grid(scores[0], size, scale)
     count = len(scores[0])
@@ -151,7 +151,7 @@ def best_text(
     index = torch.zeros(size, dtype=torch.int64, device=best.device)
     for start in range(0, count, step):
         part = _enlarge(
-            [s[start : start + step] for s in scores], views, image_size, size, patch_size
+            [s[start : start + step] for s in scores], windows, image_size, size, patch_size
         )
         top, winner = part.max(dim=0)
         index = torch.where(top > best, winner + start, index)
@@ -164,7 +164,7 @@ def best_text(
 def _best_of_grid(
     scores: Tensor, size: tuple[int, int], scale: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """`best_text` of the view of a whole image, [T, h, w].
+    """`best_text` of the window of a whole image, [T, h, w].
 
     A few rows of pixels at a time, by two products with the weights of the interpolation, texts
     last: what is compared stays in the processor's cache.
@@ -196,20 +196,20 @@ def _best_of_grid(
 
 def _enlarge(
     parts: Sequence[Tensor],
-    views: Sequence[View],
+    windows: Sequence[Window],
     image_size: tuple[int, int],
     size: tuple[int, int],
     patch_size: tuple[int, int],
 ) -> Tensor:
-    """Similarities [c, h, w] of each view as one map of the image, [c, H, W]."""
+    """Similarities [c, h, w] of each window as one map of the image, [c, H, W]."""
     full = [step * cells for step, cells in zip(patch_size, parts[0].shape[1:], strict=True)]
     canvas = parts[0].new_zeros(len(parts[0]), *image_size)
-    seen = parts[0].new_zeros(image_size)
-    for part, view in zip(parts, views, strict=True):
-        pixels = _resize(part, (full[0], full[1]))[:, : view.height, : view.width]
-        view.of(canvas).add_(pixels)
-        view.of(seen).add_(1)
-    return _resize(canvas.div_(seen), size)
+    counts = parts[0].new_zeros(image_size)
+    for part, window in zip(parts, windows, strict=True):
+        pixels = _resize(part, (full[0], full[1]))[:, : window.height, : window.width]
+        window.of(canvas).add_(pixels)
+        window.of(counts).add_(1)
+    return _resize(canvas.div_(counts), size)
 
 
 def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
