@@ -89,7 +89,7 @@ class ViT(Tower):
         """Tokens by a plan; see `Tower.encode`.
 
         With x the original path and y the new one, each reformed block l does
-            y <- y + out_proj(attention(ln_1(x)))           (recipe "surgery", Eq. 2-3 of the paper)
+            y <- y + out_proj(attention(ln_1(x)))           (recipe "surgery", Eq. 6-7 of the paper)
             x <- the block as it always was
         and at the end patches come from y and the class token from x, both through ln_post and
         projection. In the last block only x's class token is still of use, so only it is computed.
