@@ -20,13 +20,15 @@ def print_report(run: Run, tally: Tally | None = None) -> None:
     """
     summary = run.summary
     methods = summary.get("methods", {})
+    left = max(16, *(len(name) + 1 for name in summary["metrics"])) if summary["metrics"] else 16
+    width = max(10, *(len(name) + 2 for name in methods)) if methods else 10
     if summary["metrics"]:
-        heads = (f"{name:>10}" for name in methods)
-        print(f"\n{'':18}{''.join(heads)}" if len(methods) > 1 else "")
+        heads = (f"{name:>{width}}" for name in methods)
+        print(f"\n{'':{left + 2}}{''.join(heads)}" if len(methods) > 1 else "")
     for name, value in summary["metrics"].items():
         columns = [of[name] for of in methods.values()] or [value]
-        cells = (f"{'--':>10}" if v is None else f"{100 * v:8.2f} %" for v in columns)
-        print(f"  {name:<16}{''.join(cells)}")
+        cells = (f"{'--' if v is None else f'{100 * v:.2f} %':>{width}}" for v in columns)
+        print(f"  {name:<{left}}{''.join(cells)}")
     _print_threshold(summary)
     shards = summary["shards"]
     print(f"\n{summary['images']} images, {summary['errors']} errors", end="")

@@ -182,3 +182,15 @@ def test_jpegs_that_are_decoded_where_the_model_is(command, tmp_path):
         if name.endswith(".jpg"):
             assert Image.open(io.BytesIO(ours[name])).size == (80, 70)
     assert sum(name.endswith(".jpg") for name in ours) >= 3
+
+
+def test_long_names_of_methods_stand_apart(predict, tmp_path, capsys):
+    methods = ["surgery", "surgery_paper", "architecture"]
+    run = predict(tmp_path / "run", f"--model.methods=[{','.join(methods)}]")
+    lines = capsys.readouterr().out.splitlines()
+    assert methods in [line.split() for line in lines]
+    found = json.loads((run / "metrics.json").read_text())["methods"]
+    (row,) = [line for line in lines if line.split()[:1] == ["mIoU"]]
+    assert [float(cell) for cell in row.split()[1::2]] == [
+        pytest.approx(100 * found[m]["mIoU"], abs=0.006) for m in methods
+    ]
