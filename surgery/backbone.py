@@ -99,6 +99,7 @@ class Backbone(nn.Module):
         checkpoint: where the weights came from.
         recipe, plan: how the image tower is reformed, and what that means for this tower.
         batches: how many images are encoded at once.
+        graph_batches: how many at once where gradients are recorded.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class Backbone(nn.Module):
         self._adopt(recipe)
         # What follows is shared with the backbones that `with_attention` makes.
         self.batches = batches.Batches(static_batch, fixed=static_batch is not None)
+        self.graph_batches = batches.Batches()
         self._positions: dict[Any, Tensor] = {}
         self._fingerprint, self._low_precision = Fingerprint(), LowPrecision()
         self.requires_grad_(False)

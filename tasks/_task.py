@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -18,6 +18,7 @@ from datamodules import DATASETS
 from datamodules._datamodule import ShardDataModule
 from datamodules._samples import DatasetInfo
 from surgery import Backbone, ImageTokens, Texts, explain, load_backbone
+from surgery.methods import check_towers
 from tasks import TASKS
 from tasks._text_features import read_text_features
 from tasks.measures import Measures
@@ -85,6 +86,9 @@ class Task(LightningModule):
     needs: tuple[str, ...] = ()
     """What a data set must have for this task: "classes", "mask", "positives", "captions"."""
 
+    methods: Sequence[str] = ()
+    """What explains the images, where the task does that; see `surgery.METHODS`."""
+
     texts: Texts | None = None
     """The class texts, unit features [T,C]; no part of the network, so no precision is theirs."""
 
@@ -122,6 +126,7 @@ class Task(LightningModule):
         compiled = options.pop("compile")
         batch = self.datamodule.batch_size if compiled else None
         self.backbone = load_backbone(**options, static_batch=batch)
+        check_towers(self.methods, self.backbone)
         self.datamodule.wanted = replace(
             self.datamodule.wanted,
             image_size=self.backbone.image_size,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.errors import InvalidSetting
 from datamodules._samples import Batch
-from surgery import similarity_map
+from surgery import METHODS, similarity_map
 from surgery.methods import check_methods
 from tasks._draw import heat_maps
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
@@ -112,7 +112,7 @@ class Explainability(Task):
             for method, values in maps.items()
         }
         found = {
-            method: (masks[method], Similarities(scores.half().cpu().numpy()))
+            method: (masks[method], Similarities(stored(method, scores).cpu().numpy()))
             for method, scores in similarities.items()
         }
         size = next(iter(maps.values())).shape[-2:]
@@ -121,6 +121,11 @@ class Explainability(Task):
         drawn = {f"{method}.": values for method, values in maps.items()}
         draw = partial(draw_maps, image.cpu(), drawn, endings) if self.draws else None
         return ImageResult(key, (ByMethod(found), facts), draw)
+
+
+def stored(method: str, scores: Tensor) -> Tensor:
+    """Similarities in the precision that they are written in: as few bits as hold them."""
+    return scores.half() if METHODS[method].cosines else scores.float()
 
 
 def draw_maps(image: Tensor, maps: dict[str, Tensor], endings: list[str]) -> dict[str, np.ndarray]:

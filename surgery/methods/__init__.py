@@ -14,10 +14,21 @@ from torch import Tensor
 
 from common.errors import InvalidSetting
 from surgery.backbone import Backbone
-from surgery.methods import clip, rclip, surgery
+from surgery.methods import (
+    bi_modal,
+    clip,
+    grad_cam,
+    grad_eclip,
+    gscorecam,
+    legrad,
+    plrp,
+    rclip,
+    surgery,
+)
 from surgery.texts import Texts
+from surgery.towers import ResNet, Tower, ViT
 
-__all__ = ["METHODS", "Method", "check_method", "check_methods", "explain"]
+__all__ = ["METHODS", "Method", "check_method", "check_methods", "check_towers", "explain"]
 
 
 @dataclass(frozen=True)
@@ -28,14 +39,27 @@ class Method:
         function: called with a backbone, normalised images [B, 3, H, W], `Texts`, and the method's
             own options by keyword; returns [B, T, h, w].
         summary: what it shows, in one line.
+        cost: forward and backward passes, an image and a text.
         gradients: it needs them: it is called outside of inference mode, with gradients on and
-            autocast off, on tensors of its own, and on as many images as fit the memory. The
-            network's weights are frozen; what a gradient is wanted of has to be asked for.
+            autocast off, on tensors of its own, on one image and one text or more, and on as many
+            images as fit the memory. The network's weights are frozen; what a gradient is wanted of
+            has to be asked for.
+        towers: for which it is defined.
+        cosines: its values are cosines or differences of such, so that float16 holds them; of others
+            only float32 does, since their size is anything.
     """
 
     function: Callable[..., Tensor]
     summary: str
+    cost: str = "1 forward an image"
     gradients: bool = False
+    towers: tuple[type[Tower], ...] = (ViT, ResNet)
+    cosines: bool = True
+
+    def needs(self) -> str:
+        """Of which towers, whether gradients, and what it costs: one line."""
+        towers = " or ".join(tower.__name__ for tower in self.towers)
+        return f"{towers}; {'gradients' if self.gradients else 'no gradients'}; {self.cost}"
 
 
 METHODS: dict[str, Method] = {
@@ -48,7 +72,56 @@ METHODS: dict[str, Method] = {
     ),
     "clip": Method(clip.explain, "plain CLIP: cosine of its patch tokens with the texts"),
     "rclip": Method(rclip.explain, "plain CLIP's map reversed"),
+    "grad_cam": Method(
+        grad_cam.explain,
+        "Grad-CAM: the last layer's features, weighted by the mean gradient of the logit",
+        "1 forward an image, 1 backward a text through the last block",
+        gradients=True,
+        cosines=False,
+    ),
+    "gscorecam": Method(
+        gscorecam.explain,
+        "gScoreCAM: the last features, weighted by the logit of the image masked with each",
+        "1 forward an image and 1 a channel chosen (300 a text; at most all channels), 1 backward a "
+        "text through the projection (of a ResNet, its attention pool)",
+        gradients=True,
+        cosines=False,
+    ),
+    "bi_modal": Method(
+        bi_modal.explain,
+        "Bi-Modal: attention times gradient of the logit, through the last block or several",
+        "1 forward an image, 1 backward a text through these blocks",
+        gradients=True,
+        towers=(ViT,),
+        cosines=False,
+    ),
+    "plrp": Method(
+        plrp.explain,
+        "partial LRP: relevance handed back from the score to the last block's attention",
+        "1 forward an image; the last block's class token backwards a text",
+        towers=(ViT,),
+        cosines=False,
+    ),
+    "legrad": Method(
+        legrad.explain,
+        "LeGrad: gradient of scores, read after each of the last blocks, by its attention",
+        "1 forward an image, 1 backward a text through each of these blocks by itself",
+        gradients=True,
+        towers=(ViT,),
+        cosines=False,
+    ),
+    "grad_eclip": Method(
+        grad_eclip.explain,
+        "Grad-ECLIP: values along the gradient of the cosine, weighted by nearness of keys",
+        "1 forward an image, 1 backward a text through the last block's feed-forward part",
+        gradients=True,
+        towers=(ViT,),
+        cosines=False,
+    ),
 }
+
+_CELLS_AT_ONCE = 4096
+"""Of images that gradients are recorded of: 20 of ViT-B/16 at 224. Only GPUs say what is too much."""
 
 
 def explain(
@@ -71,7 +144,7 @@ def explain(
         [B, T, h, w] on the token grid, signed, in float32, before any scaling to [0, 1].
 
     Raises:
-        InvalidSetting: no such method, or no such option of it.
+        InvalidSetting: no such method, no such option of it, or it is not defined for the tower.
 
     Example:
         >>> from surgery import load_backbone
@@ -82,9 +155,13 @@ def explain(
         torch.Size([2, 3, 12, 12])
     """
     chosen = check_method(method, options)
+    check_towers([method], backbone)
     texts = text if isinstance(text, Texts) else Texts(text)
     if not chosen.gradients:
         return chosen.function(backbone, images, texts, **options)
+    grid = backbone.tower.grid((images.shape[2], images.shape[3]))
+    if not len(images) or not len(texts):
+        return texts.features.new_zeros(len(images), len(texts), *grid)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -94,9 +171,27 @@ def explain(
         own = texts.clone()
 
         def part(images: Tensor) -> tuple[Tensor]:
-            return (chosen.function(backbone, images.clone(), own, **options).detach(),)
+            return (chosen.function(backbone, images, own, **options).detach(),)
 
-        return backbone.batches.run(part, images.detach().clone())[0]
+        at_once = max(1, _CELLS_AT_ONCE // (grid[0] * grid[1]))
+        parts = images.detach().clone().split(at_once)
+        return torch.cat([backbone.graph_batches.run(part, some)[0] for some in parts])
+
+
+def check_towers(names: Sequence[str], backbone: Backbone) -> None:
+    """Refuse methods that are not defined for a backbone's image tower.
+
+    Raises:
+        InvalidSetting: says which, and what they are defined for.
+    """
+    for name in names:
+        towers = METHODS[name].towers
+        if not isinstance(backbone.tower, towers):
+            kinds = " or ".join(kind.__name__ for kind in towers)
+            raise InvalidSetting(
+                f"method {name!r} is defined for a {kinds}, and the image tower of {backbone.name} is a "
+                f"{type(backbone.tower).__name__}"
+            )
 
 
 def check_methods(names: Sequence[str]) -> list[str]:

@@ -9,7 +9,15 @@ from typing import Any
 
 from common.errors import InvalidSetting
 from surgery.towers._positions import resize_positions
-from surgery.towers._tower import ImageTokens, Plan, Step, Tower, Visitor
+from surgery.towers._tower import (
+    ImageTokens,
+    Plan,
+    Step,
+    Tower,
+    Visitor,
+    merge_heads,
+    split_heads,
+)
 from surgery.towers.resnet import ResNet
 from surgery.towers.vit import ViT
 
@@ -17,10 +25,14 @@ __all__ = [
     "TOWERS",
     "ImageTokens",
     "Plan",
+    "ResNet",
     "Step",
     "Tower",
+    "ViT",
     "Visitor",
+    "merge_heads",
     "resize_positions",
+    "split_heads",
     "tower_of",
 ]
 

@@ -72,6 +72,11 @@ class Step:
     fed: Tensor | None = None
     hidden: Tensor | None = None
 
+    def weights(self) -> Tensor:
+        """CLIP's own attention: [B, heads, L, L], rows of the first `kept` tokens only."""
+        asks = self.q[:, :, : self.kept] * self.q.shape[-1] ** -0.5
+        return (asks @ self.k.transpose(-2, -1)).softmax(dim=-1)
+
 
 class Visitor:
     """Looks at what passes through the blocks of a tower, or changes it; this one does neither.

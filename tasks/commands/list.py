@@ -69,10 +69,10 @@ def list_recipes() -> list[tuple[str, str]]:
 
 
 def list_methods() -> list[tuple[str, str]]:
-    """Values of ``--model.methods``."""
+    """Values of ``--model.methods``, and what each needs and costs."""
     from surgery import METHODS
 
-    return [(name, method.summary) for name, method in METHODS.items()]
+    return [(name, f"{method.summary} ({method.needs()})") for name, method in METHODS.items()]
 
 
 LISTS: dict[str, Callable[[], list[tuple[str, str]]]] = {

@@ -278,7 +278,7 @@ class Similarities(Result):
     """Similarities of texts and patches on the token grid, signed.
 
     Args:
-        values: [T,h,w]; stored as float16.
+        values: [T,h,w]; stored in their own precision.
         single: one text's alone, stored without the first dimension.
     """
 
@@ -287,8 +287,7 @@ class Similarities(Result):
 
     def files(self, info: DatasetInfo) -> Files:
         """``scores.npy`` [T,h,w], or ``map.npy`` [h,w] of a single text."""
-        values = self.values.astype(np.float16, copy=False)
-        return {"map.npy": values[0]} if self.single else {"scores.npy": values}
+        return {"map.npy": self.values[0]} if self.single else {"scores.npy": self.values}
 
     def record(self, key: str) -> dict[str, Any]:
         """The grid (h, w)."""

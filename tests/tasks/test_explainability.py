@@ -10,7 +10,7 @@ from PIL import Image
 from datamodules._drawing import NOUNS, draw_scene
 from datamodules.shapes import INFO
 from tasks.__main__ import main
-from tests.tasks.conftest import members
+from tests.tasks.conftest import TINY, members
 
 
 def bilinear(grid: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -149,6 +149,36 @@ def test_every_method_is_measured_and_written_under_its_name(finished, predict, 
     assert np.array_equal(scores[0], -scores[1])
     pictures = [name for name in files if name.endswith(".jpg")]
     assert {name.split(".")[1] for name in pictures} == {"clip", "surgery", "rclip"}
+
+
+def test_methods_with_gradients_beside_surgery(predict, scenes, tmp_path):
+    """Inside of Lightning's inference mode and under autocast; batches of 3 and of 4 agree."""
+    names = ["surgery", "grad_cam", "gscorecam", "bi_modal", "plrp", "legrad", "grad_eclip"]
+    words = [f"--model.methods=[{', '.join(names)}]", "--trainer.precision=bf16-mixed"]
+    words += [f"--data.shards={scenes}/000000.tar"]
+    one, other = (
+        predict(tmp_path / str(size), *words, f"--data.batch_size={size}") for size in (3, 4)
+    )
+    found = json.loads((one / "metrics.json").read_text())
+    assert list(found["methods"]) == names
+    assert len({method["mSC"] for method in found["methods"].values()}) == len(names)
+    files, others = members(one / "000000.tar"), members(other / "000000.tar")
+    for name in names[1:]:
+        maps, same = (
+            np.load(io.BytesIO(f[f"00000000.{name}.scores.npy"])) for f in (files, others)
+        )
+        assert maps.dtype == np.float32
+        assert np.abs(maps).max() > 0
+        np.testing.assert_allclose(maps, same, rtol=0, atol=1e-4 * np.abs(maps).max())
+
+
+def test_methods_that_are_not_defined_for_the_network(command, tmp_path, capsys):
+    model = tmp_path / "rn.json"
+    vision = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+    model.write_text(json.dumps({**TINY, "vision_cfg": vision}))
+    words = [f"--model.backbone.model={model}", "--model.methods=[surgery, legrad]"]
+    assert main(command(tmp_path / "run", *words)) != 0
+    assert "method 'legrad' is defined for a ViT" in capsys.readouterr().err
 
 
 def test_methods_that_there_are_not(command, tmp_path, capsys):
