@@ -220,7 +220,7 @@ def test_long_names_of_methods_stand_apart(predict, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert methods in [line.split() for line in lines]
     found = json.loads((run / "metrics.json").read_text())["methods"]
-    (row,) = [line for line in lines if line.split()[:1] == ["mIoU"]]
+    row = next(line for line in lines if line.split()[:1] == ["mIoU"])
     assert [float(cell) for cell in row.split()[1::2]] == [
         pytest.approx(100 * found[m]["mIoU"], abs=0.006) for m in methods
     ]
