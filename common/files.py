@@ -33,7 +33,12 @@ def file_sha256(path: str | Path) -> str:
 
 
 def finite(value: Any) -> Any:
-    """``value`` (of dicts, lists and numbers) with NaN as None: JSON knows no NaN."""
+    """``value`` (of dicts, lists and numbers) with NaN as None: JSON knows no NaN.
+
+    Example:
+        >>> finite({"mIoU": float("nan"), "images": 3})
+        {'mIoU': None, 'images': 3}
+    """
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -42,7 +47,13 @@ def finite(value: Any) -> Any:
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table as csv."""
+    """A table as csv.
+
+    Example:
+        >>> print(csv_text(["class", "IoU"], [["cat", 0.5]]), end="")
+        class,IoU
+        cat,0.5
+    """
     buffer = io.StringIO()
     table = csv.writer(buffer, lineterminator="\n")
     table.writerow(columns)

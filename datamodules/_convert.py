@@ -52,7 +52,7 @@ class SourceError(UserError):
 class Source:
     """The samples of a data set as its official layout holds them.
 
-    Args:
+    Attributes:
         info: the data set.
         split: name of the split.
         items: what ``read`` needs for each sample, in order; picklable, with a stable repr.

@@ -184,7 +184,7 @@ class ShardDataModule(LightningDataModule):
         """Samples in each shard by name, as far as they are written down beside the shards.
 
         Raises:
-            ValueError: what is written there says that the shards are another data set's.
+            InvalidSetting: what is written there says that the shards are another data set's.
         """
         counts: dict[str, int] = {}
         for name, url in self.shard_list():

@@ -32,7 +32,7 @@ MAX_LONG_SIDE = 2048
 class Decoder:
     """How samples are decoded: to which size, within which limits.
 
-    Args:
+    Attributes:
         info: the data set; gives the label values that may occur.
         size: (height, width) of the images: bicubic, antialiased, no crop.
         max_pixels: larger images are refused before they are unpacked.

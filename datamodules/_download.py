@@ -31,7 +31,7 @@ class DownloadError(UserError):
 class Archive:
     """A file that may be downloaded without registering.
 
-    Args:
+    Attributes:
         url: where it is.
         checksum: ``md5:...`` or ``sha1:...`` where one is published.
         into: folder below ``--source`` that it is unpacked to; a file that is no archive is put there.

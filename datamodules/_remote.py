@@ -95,7 +95,7 @@ def check_protocol(url: str) -> None:
 class Spool:
     """A folder that the loader workers of one rank share.
 
-    Args:
+    Attributes:
         folder: where shards lie while they are read.
         readers: how many workers read every shard; the last one to finish deletes it.
         timeout: seconds without a byte after which a fetch is given up.

@@ -23,8 +23,9 @@ WIDE_VOID = 65535
 class Wording(NamedTuple):
     """The words a published evaluation gives a text encoder.
 
-    ``classes`` several synonyms a class, in index order; ``background_words`` what stands for everything
-    else.
+    Attributes:
+        classes: one or more synonyms a class, in index order.
+        background_words: what stands for everything else.
     """
 
     classes: tuple[tuple[str, ...], ...]
@@ -35,7 +36,7 @@ class Wording(NamedTuple):
 class DatasetInfo:
     """What is known of a data set before any sample is read.
 
-    Args:
+    Attributes:
         name: name of the data set as ``lightning shards`` knows it.
         classes: official class names, in index order, without the background.
         prompts: the words that stand for each class in a text prompt; ``classes`` if empty.
@@ -87,7 +88,14 @@ class DatasetInfo:
         return np.uint8 if self.void == VOID else np.uint16
 
     def label_value(self, index: int) -> int:
-        """Value of class ``index`` in a label map."""
+        """Value of class ``index`` in a label map.
+
+        Example:
+            >>> DatasetInfo("roads", ("road", "car")).label_value(0)
+            1
+            >>> DatasetInfo("roads", ("road", "car"), zero_is_background=False).label_value(0)
+            0
+        """
         return index + 1 if self.zero_is_background else index
 
     def flat_palette(self) -> list[int]:
@@ -105,7 +113,12 @@ class DatasetInfo:
 
 
 def colour_table(count: int) -> tuple[tuple[int, int, int], ...]:
-    """The colour table of PASCAL VOC: colour ``i`` spreads the bits of ``i`` over the channels."""
+    """The colour table of PASCAL VOC: colour ``i`` spreads the bits of ``i`` over the channels.
+
+    Example:
+        >>> colour_table(4)
+        ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0))
+    """
 
     def colour(index: int) -> tuple[int, int, int]:
         rgb = [0, 0, 0]
@@ -129,7 +142,7 @@ class SampleError(NamedTuple):
 class Wanted:
     """What a reader of shards has to know of the model, and of the run.
 
-    Args:
+    Attributes:
         image_size: (height, width) of the images, where the data set's settings don't say.
         patch_size: (height, width) of a patch, of which images that keep their aspect ratio have
             whole ones.
@@ -153,12 +166,17 @@ class Encoded(NamedTuple):
 class Sample(NamedTuple):
     """One decoded sample.
 
-    ``image`` uint8 [3,S,S'], resized, or what it will be made of; ``size`` (height, width) of the
-    upright original; ``label`` either a label map [H,W] (uint8, or int32 where label values need 16
-    bits; ``DatasetInfo.void`` is void) or one mask a positive label [P,H,W] (uint8; 1 foreground, 0
-    background, 255 void), both at the original size, or None; ``positives`` class indices, or None
-    where unknown; ``record`` the sample's json; ``original`` uint8 [3,H,W], not resized, for tasks
-    that ask for it.
+    Attributes:
+        key: its name, unique in its shard.
+        image: uint8 [3,S,S'], resized, or what it will be made of.
+        size: (height, width) of the upright original.
+        label: a label map [H,W] (uint8, or int32 where label values need 16 bits; ``DatasetInfo.void``
+            is void), or one mask a positive label [P,H,W] (uint8; 1 foreground, 0 background, 255
+            void); both at the original size. None where there is none.
+        positives: class indices [P]; None where unknown.
+        caption: what is said of the image, if anything is.
+        record: the sample's json.
+        original: uint8 [3,H,W], not resized, for tasks that want it.
     """
 
     key: str
@@ -189,7 +207,7 @@ class Batch:
     Between processes, to pinned memory and to a GPU all tensors travel as one, with the places of
     each: a process may have some thousand files open, and a tensor of its own is one of them.
 
-    Args:
+    Attributes:
         shard: name of the shard.
         start: position of the first sample in it.
         total: samples in the shard, good or bad; 0 if it can't be read.

@@ -84,8 +84,8 @@ def expand_shards(shards: str | list[str], *, allow_pipe: bool = False) -> list[
     """All shards that a folder, pattern, URL or list of these stands for, in order.
 
     Raises:
-        FileNotFoundError: nothing matches.
-        ValueError: a ``pipe:`` shard without ``allow_pipe``.
+        MissingFile: nothing matches.
+        InvalidSetting: a ``pipe:`` shard without ``allow_pipe``.
     """
     if isinstance(shards, list):
         return [s for spec in shards for s in expand_shards(spec, allow_pipe=allow_pipe)]
@@ -128,7 +128,17 @@ def tars_in(folder: str) -> list[str]:
 
 
 def name_shards(urls: list[str]) -> list[tuple[str, str]]:
-    """Give each shard a unique name: its file name without .tar, led by folders where needed."""
+    """Give each shard a unique name: its file name without .tar, led by folders where needed.
+
+    Raises:
+        InvalidSetting: a shard is listed twice.
+
+    Example:
+        >>> name_shards(["train/0.tar", "train/1.tar.gz"])
+        [('0', 'train/0.tar'), ('1', 'train/1.tar.gz')]
+        >>> name_shards(["train/0.tar", "val/0.tar"])
+        [('train_0', 'train/0.tar'), ('val_0', 'val/0.tar')]
+    """
 
     def name(url: str, depth: int) -> str:
         parts = without_query(url).rstrip("'\" -")

@@ -15,7 +15,7 @@ def read_names(names: list[str] | str | None) -> list[str] | None:
     """Class names: a list, a text file with one a line (``#`` begins a comment), or with commas between.
 
     Raises:
-        FileNotFoundError: ``names`` looks like a text file, and there is none.
+        MissingFile: ``names`` looks like a text file, and there is none.
     """
     if not isinstance(names, str):
         return names
@@ -41,7 +41,7 @@ def worded(
     Where ``info`` has no classes, ``names`` become its classes.
 
     Raises:
-        ValueError: a wording that the data set doesn't have, or names that don't fit its classes.
+        InvalidSetting: a wording that the data set doesn't have, or names that don't fit its classes.
     """
     if names and not info.classes:
         info = replace(info, classes=tuple(names))

@@ -56,7 +56,7 @@ class COCOObject(ShardDataModule):
 
         Raises:
             SourceError: the layout isn't there; shows what was expected and found.
-            ValueError: another word than these two.
+            InvalidSetting: another word than these two.
         """
         if unlabelled not in ("background", "void"):
             raise InvalidSetting(f"--unlabelled is background or void, not {unlabelled!r}")

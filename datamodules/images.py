@@ -157,7 +157,7 @@ def find_images(specs: Sequence[str]) -> tuple[list[Picture], list[str]]:
     but tars, it gives those. Hidden files are left alone.
 
     Raises:
-        FileNotFoundError: nothing is found for one of ``specs``.
+        MissingFile: nothing is found for one of ``specs``.
     """
     pictures: dict[Path, Picture] = {}
     tars: list[str] = []

@@ -124,7 +124,7 @@ def strongest(similarity: Tensor) -> Tensor:
     return similarity.argmax(dim=0)
 
 
-def foreground_selection(attention: Tensor, asking: Tensor, foreground: Tensor) -> Tensor:
+def foreground_selection(attention: Tensor, queries: Tensor, foreground: Tensor) -> Tensor:
     """How much of the attention that one token pays lies on the object (FSR, Eq. 4).
 
     mFSR is its mean over the samples of a class (every positive label of all images), then over
@@ -132,14 +132,14 @@ def foreground_selection(attention: Tensor, asking: Tensor, foreground: Tensor) 
 
     Args:
         attention: [1 + N, 1 + N] of the last block, mean over heads, the class token first.
-        asking: [P], for each object the patch at the highest score of its label's similarity map.
+        queries: [P], for each object the patch at the highest score of its label's similarity map.
         foreground: [P, N], the share of each cell that the object covers. With it the sum over cells
             equals that over pixels of the enlarged attention, wherever the grid divides the image.
 
     Returns:
         [P] in [0, 1]; an object that is nowhere has 0.
     """
-    row = widen(attention)[1 + asking, 1:]
+    row = widen(attention)[1 + queries, 1:]
     return (row * foreground).sum(dim=1) / row.sum(dim=1)
 
 
@@ -189,11 +189,11 @@ def map_likeness(similarity: Tensor, reference: Tensor) -> Tensor:
     return torch.stack([F.cosine_similarity(m[:-1], m[-1:], dim=1) for m in (maps, centred)], dim=1)
 
 
-def _mean_attention(asks: Tensor, keys: Tensor) -> Tensor:
+def _mean_attention(queries: Tensor, keys: Tensor) -> Tensor:
     """softmax(a . b / sqrt(d_head)) of [B, heads, L, d_head], mean over heads, in float32."""
-    with torch.autocast(asks.device.type, enabled=False):
-        logits = widen(asks) @ widen(keys).transpose(-2, -1)
-        return (logits * asks.shape[-1] ** -0.5).softmax(dim=-1).mean(dim=1)
+    with torch.autocast(queries.device.type, enabled=False):
+        logits = widen(queries) @ widen(keys).transpose(-2, -1)
+        return (logits * queries.shape[-1] ** -0.5).softmax(dim=-1).mean(dim=1)
 
 
 def _overlap(count: int, size: int, device: torch.device) -> Tensor:

@@ -119,8 +119,10 @@ def attend(
 
     Args:
         recipe: how.
-        q, k, v: [B, heads, L, d_head].
-        start: the first token that asks (1 leaves the class token out; it is always asked).
+        q: [B, heads, L, d_head].
+        k: as ``q``.
+        v: as ``q``.
+        start: the first token that is a query (1 leaves the class token out; it is always a key).
         bias: [L, L], added to the logits.
         temperature: [B, 1, 1, 1], what unit-length logits are multiplied with; needed when
             `recipe.iterations` > 0.
@@ -133,22 +135,22 @@ def attend(
     total: Tensor | None = None
     for pair in recipe.pairs:
         if pair == "identity":
-            seen = v[:, :, start:]
+            output = v[:, :, start:]
         else:
-            asks, keys = projections[pair[0]], projections[pair[1]]
+            queries, keys = projections[pair[0]], projections[pair[1]]
             scale = None
             if recipe.cosine_scale is not None:
-                asks, keys = _unit(asks), _unit(keys)
-                scale = recipe.cosine_scale * asks.shape[-1] ** -0.5
+                queries, keys = _unit(queries), _unit(keys)
+                scale = recipe.cosine_scale * queries.shape[-1] ** -0.5
             if recipe.iterations:
                 if temperature is None or pair[0] != pair[1]:
                     raise ValueError("iterations need a temperature and self-self pairs")
-                asks, keys = _cluster(asks, temperature, recipe.iterations)
+                queries, keys = _cluster(queries, temperature, recipe.iterations)
                 scale = 1.0
-            seen = F.scaled_dot_product_attention(
-                asks[:, :, start:], keys, v, attn_mask=mask, scale=scale
+            output = F.scaled_dot_product_attention(
+                queries[:, :, start:], keys, v, attn_mask=mask, scale=scale
             )
-        total = seen if total is None else total + seen
+        total = output if total is None else total + output
     if total is None:
         raise ValueError("a recipe without pairs has no new path")
     many = len(recipe.pairs) > 1 and recipe.combine == "mean"

@@ -43,7 +43,7 @@ class InvalidConfig(InvalidSetting):
 class Layer:
     """What one source (a config, the command line) sets; later layers win.
 
-    Args:
+    Attributes:
         source: what it is called in messages.
         fields: section (model, data, trainer, writer) -> field -> value.
         classes: section (model, data) -> class path.

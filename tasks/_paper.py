@@ -17,7 +17,7 @@ from importlib.resources import files
 class Number:
     """A number as printed.
 
-    Args:
+    Attributes:
         table: "1" to "6"; "" for the text.
         row: which row, or method, of the table.
         backbone: as in `configs/backbones`; "" for the mean over all five.
@@ -40,7 +40,7 @@ class Number:
 class Reading:
     """A run of ours that gives a printed number, as we read the paper.
 
-    Args:
+    Attributes:
         config: packaged config, ``BACKBONE_EXPERIMENT``.
         options: words of the command line that follow it.
         metric: key in the run's ``metrics.json``.

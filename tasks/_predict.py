@@ -206,7 +206,8 @@ def predict(config: str | Path | Mapping[str, Any], **fields: Any) -> Run:
             of the others are in the folder.
 
     Example:
-        ``tasks.predict("demo", writer={"output": "runs/demo"}).metrics["mIoU"]``
+        >>> run = predict("demo", writer={"output": "runs/demo"})  # doctest: +SKIP
+        >>> run.metrics["mIoU"]  # doctest: +SKIP
     """
     objects = Predict([*read_layers(config), layer_of(fields)])
     run = objects.predict()

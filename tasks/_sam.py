@@ -16,7 +16,7 @@ def need_transformers() -> None:
     """Check that the extra is installed.
 
     Raises:
-        ValueError: says how to install it.
+        InvalidSetting: says how to install it.
     """
     if find_spec("transformers") is None:
         raise InvalidSetting(
@@ -33,7 +33,7 @@ class PointSegmenter(nn.Module):
             facebook/sam2.1-hiera-tiny, ...), or a folder with weights and processor.
 
     Raises:
-        ValueError: not there, or neither SAM nor SAM 2.
+        InvalidSetting: not there, or neither SAM nor SAM 2.
     """
 
     def __init__(self, name: str) -> None:

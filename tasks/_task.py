@@ -140,7 +140,7 @@ class Task(LightningModule):
         """Refuse a data set without what this task needs, before anything is loaded.
 
         Raises:
-            ValueError: says what is missing, and what fits; or that compiling doesn't.
+            InvalidSetting: says what is missing, and what fits; or that compiling doesn't.
         """
         if self.config.compile and not self.sees_one_size(datamodule):
             raise InvalidSetting(

@@ -29,7 +29,7 @@ def read_text_features(path: str, words: Sequence[str], aliases: Mapping[str, st
         aliases: word -> its other name, such as the official class name.
 
     Raises:
-        ValueError: no such file, not of this format, or its shape or names don't fit.
+        InvalidSetting: no such file, not of this format, or its shape or names don't fit.
     """
     if not words:
         raise InvalidSetting(

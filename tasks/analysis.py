@@ -131,11 +131,11 @@ class Analysis(Task):
         endings = [f"{i:03d}-{slug(name)}.jpg" for i, name in zip(positives, names, strict=True)]
         if self.selection and inside is not None and label is not None:
             foreground, _ = label_masks(label, positives, self.info)
-            values["selection"], asking = _selection(inside, found, foreground)
+            values["selection"], queries = _selection(inside, found, foreground)
             rows = torch.stack(
-                [inside.attention[k][0, 1 + asking[k], 1:] for k in ATTENTIONS], dim=1
+                [inside.attention[k][0, 1 + queries[k], 1:] for k in ATTENTIONS], dim=1
             )
-            drawn.append(partial(draw_rows, rows=rows, asking=asking, grid=found.grid))
+            drawn.append(partial(draw_rows, rows=rows, queries=queries, grid=found.grid))
         if self.affinity and inside is not None:
             values |= self._affinity(inside, positives)
         if self.redundancy:
@@ -190,14 +190,14 @@ def _selection(
     foreground: bool [P,H,W]. Void pixels are not of the object, as Eq. 4 has it.
     """
     shares = cells(foreground, found.grid)
-    asking = {
+    queries = {
         "raw": strongest(found.plain[:, :-1]),
         "consistent": strongest(found.architecture[:, :-1]),
     }
     weights = {kind: inside.attention[kind][0] for kind in ATTENTIONS}
-    values = [foreground_selection(weights[kind], asking[kind], shares) for kind in ATTENTIONS]
-    values.append(foreground_selection(weights["consistent"], asking["raw"], shares))
-    return torch.stack([*values, shares.mean(dim=1)], dim=1), asking
+    values = [foreground_selection(weights[kind], queries[kind], shares) for kind in ATTENTIONS]
+    values.append(foreground_selection(weights["consistent"], queries["raw"], shares))
+    return torch.stack([*values, shares.mean(dim=1)], dim=1), queries
 
 
 def _redundancy(found: Cosines, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -217,15 +217,15 @@ def draw_rows(
     endings: list[str],
     *,
     rows: Tensor,
-    asking: dict[str, Tensor],
+    queries: dict[str, Tensor],
     grid: tuple[int, int],
 ) -> Files:
-    """Fig. 4a: each label's rows of raw and consistent attention [P, 2, N], the asking token in white."""
+    """Fig. 4a: each label's rows of raw and consistent attention [P, 2, N], the query token in white."""
     drawn = {}
     for p, ending in enumerate(endings):
         pair = heat_maps(image, similarity_map(rows[p].T[None], grid, size)[0])
         for one, kind in zip(pair, ATTENTIONS, strict=True):
-            mark_cell(one, int(asking[kind][p]), grid)
+            mark_cell(one, int(queries[kind][p]), grid)
         drawn[f"attention.{ending}"] = np.concatenate(pair, axis=1)
     return drawn
 

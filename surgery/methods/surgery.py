@@ -32,7 +32,6 @@ def explain(
     Returns:
         [B, T, h, w], signed.
     """
-
     redundant = texts.redundant(backbone, alone=alone)
 
     def score(patches: Tensor, token: Tensor) -> Tensor:

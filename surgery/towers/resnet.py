@@ -1,4 +1,4 @@
-"""CLIP's ResNets: open_clip's `ModifiedResNet`, whose attention pool is asked by every token."""
+"""CLIP's ResNets: open_clip's `ModifiedResNet`, with every token as a query of the attention pool."""
 
 from typing import Any
 
@@ -53,7 +53,7 @@ class ResNet(Tower):
         *,
         class_only: bool = False,
     ) -> Tensor:
-        """Convolutions, and the attention pool asked by every token; see `Tower.run`.
+        """Convolutions, and the attention pool with every token as a query; see `Tower.run`.
 
         The visitor enters with the cells [B, h*w, D] of `layer4`; their mean, the class token, is
         put in front of them after that.
@@ -108,6 +108,6 @@ class _NewPath(Visitor):
             bias = neighbour_bias(self.grid, recipe.neighbour_std, step.normed.device)
         if recipe.iterations:
             warmth = temperature(step.normed, step.q.shape[-1])
-        seen = attend(recipe, step.q, step.k, step.v, bias=bias, temperature=warmth)
-        self.y = merge_heads(seen)
+        output = attend(recipe, step.q, step.k, step.v, bias=bias, temperature=warmth)
+        self.y = merge_heads(output)
         return super().attend(step)

@@ -63,16 +63,16 @@ class ViT(Tower):
             else:
                 (step.q,) = _heads(block.attn, step.normed[:, :kept], "q")
                 step.k, step.v = _heads(block.attn, step.normed, "kv")
-            seen = visitor.attend(step)
+            output = visitor.attend(step)
             x = step.x if kept is None else step.x[:, :kept].contiguous()
             if visitor.apart:
                 out = block.attn.out_proj
-                step.attended = block.ls_1(F.linear(merge_heads(seen), out.weight, out.bias))
+                step.attended = block.ls_1(F.linear(merge_heads(output), out.weight, out.bias))
                 x = x + step.attended
                 step.fed = block.ls_2(block.mlp(block.ln_2(x)))
                 x = x + step.fed
             else:
-                x = _add_attention(block, x, seen)
+                x = _add_attention(block, x, output)
                 x = _add_mlp(block, x, hidden)
             step.x = x
             visitor.leave(step)
@@ -154,10 +154,10 @@ class _NewPath(Visitor):
             read = block.ln_1(y)
             q, k, v = _heads(block.attn, read)
         warmth = temperature(read, q.shape[-1]) if recipe.iterations else None
-        seen = attend(recipe, q, k, v, start=self.start, bias=self.bias, temperature=warmth)
+        output = attend(recipe, q, k, v, start=self.start, bias=self.bias, temperature=warmth)
         if not recipe.residual:
             y = torch.zeros_like(y)
-        y = _add_attention(block, y, seen)
+        y = _add_attention(block, y, output)
         self.y = _add_mlp(block, y, step.hidden) if recipe.ffn else y
 
 
@@ -174,10 +174,10 @@ def _workspace(mlp: Any, x: Tensor) -> Tensor | None:
     return room
 
 
-def _add_attention(block: Any, x: Tensor, seen: Tensor) -> Tensor:
+def _add_attention(block: Any, x: Tensor, output: Tensor) -> Tensor:
     """x [B, L, D] plus the output projection of what its tokens saw, [B, heads, L, d_head]."""
     out = block.attn.out_proj
-    return _add_linear(x, merge_heads(seen), out.weight, out.bias, block.ls_1)
+    return _add_linear(x, merge_heads(output), out.weight, out.bias, block.ls_1)
 
 
 def _add_mlp(block: Any, x: Tensor, hidden: Tensor | None = None) -> Tensor:
@@ -194,16 +194,18 @@ def _add_mlp(block: Any, x: Tensor, hidden: Tensor | None = None) -> Tensor:
     return _add_linear(x, inner, mlp.c_proj.weight, mlp.c_proj.bias, block.ls_2)
 
 
-def _add_linear(x: Tensor, seen: Tensor, weight: Tensor, bias: Tensor, scale: nn.Module) -> Tensor:
-    """x + scale(seen @ weight.T + bias), written into x unless gradients are recorded."""
+def _add_linear(
+    x: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, scale: nn.Module
+) -> Tensor:
+    """x + scale(inputs @ weight.T + bias), written into x unless gradients are recorded."""
     if torch.is_grad_enabled():
-        return x + scale(F.linear(seen, weight, bias))
-    if isinstance(scale, nn.Identity) and x.dtype == seen.dtype == weight.dtype:
+        return x + scale(F.linear(inputs, weight, bias))
+    if isinstance(scale, nn.Identity) and x.dtype == inputs.dtype == weight.dtype:
         rows = x.view(-1, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
-            rows.addmm_(seen.reshape(-1, seen.shape[-1]), weight.T).add_(bias)
+            rows.addmm_(inputs.reshape(-1, inputs.shape[-1]), weight.T).add_(bias)
         return x
-    return x.add_(scale(F.linear(seen, weight, bias)))
+    return x.add_(scale(F.linear(inputs, weight, bias)))
 
 
 def _activate(activation: nn.Module, x: Tensor) -> Tensor:

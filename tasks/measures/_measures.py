@@ -23,7 +23,7 @@ Cell = str | int | float
 class Table:
     """A table of a run's numbers, written as ``NAME.csv``.
 
-    Args:
+    Attributes:
         columns: their names.
         rows: one value a column; NaN is left empty.
         plot: how ``NAME.png`` shows all columns over the first one: ``lines``, ``points``, ``bars`` or
@@ -43,7 +43,7 @@ class Table:
 class Report:
     """The numbers of a run.
 
-    Args:
+    Attributes:
         metrics: name -> value over the whole run; fractions.
         per_class: class name -> column -> value.
         methods: explanation method -> the same metrics of its maps, where there are methods; those of

@@ -29,7 +29,7 @@ Key = TypeVar("Key")
 class Side:
     """One table of a comparison.
 
-    Args:
+    Attributes:
         title: what it shows.
         columns: their names.
         rows: one value a column; None where there is none.

@@ -134,10 +134,10 @@ class Run:
         Raises:
             RunError: a shard is damaged.
 
-        Example::
-
-            for image in Run.load("runs/demo").images():
-                masks = image.get(Masks)  # from tasks.run.results, as all other types
+        Example:
+            >>> from tasks.run.results import Masks
+            >>> for image in Run.load("runs/demo").images():  # doctest: +SKIP
+            ...     masks = image.get(Masks)
         """
         info = self.info
         for name in self.shards:
@@ -390,7 +390,12 @@ def _tuples(value: Any) -> Any:
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested dict as dotted key -> value."""
+    """A nested dict as dotted key -> value.
+
+    Example:
+        >>> flatten({"task": {"tau": 2.0, "backbone": {"model": "RN50"}}, "precision": "32"})
+        {'task.tau': 2.0, 'task.backbone.model': 'RN50', 'precision': '32'}
+    """
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {

@@ -84,7 +84,7 @@ R = TypeVar("R", bound=Result)
 class ImageResult:
     """What a task says of one image.
 
-    Args:
+    Attributes:
         key: of the sample.
         results: what it says, in the order in which they stand in the image's json.
         draw: makes pictures, file ending -> uint8 [H,W,3]; only given where the run wants some, as
@@ -183,7 +183,7 @@ class Facts(Result):
 class LabelMap(Result):
     """Which class each pixel is.
 
-    Args:
+    Attributes:
         values: label values [H,W], uint8 or uint16.
         shares: name -> share of the pixels, of classes that have any.
     """
@@ -211,7 +211,7 @@ class LabelMap(Result):
 class Masks(Result):
     """One mask a class, or a word.
 
-    Args:
+    Attributes:
         names: of the P classes, or words.
         numbers: their class indices, or places.
         masks: bool [P,H,W].
@@ -277,7 +277,7 @@ def _label_values(mask: np.ndarray, number: int, info: DatasetInfo, words: bool)
 class Similarities(Result):
     """Similarities of texts and patches on the token grid, signed.
 
-    Args:
+    Attributes:
         values: [T,h,w]; stored in their own precision.
         single: one text's alone, stored without the first dimension.
     """
@@ -308,7 +308,7 @@ _SCORES = "scores"
 class Scores(Result):
     """How much the image shows each class, scored several ways.
 
-    Args:
+    Attributes:
         names: of the K classes.
         ways: way of scoring -> float32 [K]; the first one, "", is the task's own.
     """
@@ -341,7 +341,7 @@ class Scores(Result):
 class Points(Result):
     """Prompt points of each text, and the masks that a segmenter made of them.
 
-    Args:
+    Attributes:
         size: (height, width) of the image, in whose pixels points are.
         points: name -> points [K] of (x, y).
         labels: name -> [K], 1 for positive and 0 for negative points.
@@ -392,7 +392,7 @@ class Points(Result):
 class Tokens(Result):
     """The tokens of a caption, by how well each fits the image.
 
-    Args:
+    Attributes:
         caption: of the image.
         truncated: whether it was longer than the text tower reads.
         tokens: readable pieces.
@@ -431,7 +431,7 @@ class Tokens(Result):
 class ByMethod(Result):
     """What each of some explanation methods says of the image.
 
-    Args:
+    Attributes:
         results: method -> its results, `Masks`, `Similarities` or `Points`.
     """
 
@@ -481,7 +481,12 @@ KINDS: tuple[type[Result], ...] = (
 
 
 def slug(name: str) -> str:
-    """A class name as part of a file name."""
+    """A class name as part of a file name.
+
+    Example:
+        >>> slug("Remote control (TV)")
+        'remote-control-tv'
+    """
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "class"
 
 

@@ -34,7 +34,7 @@ _TAIL = 1 << 16  # bytes: most records are within so many of the end of their ta
 class ShardRecord:
     """What one output shard says of itself.
 
-    Args:
+    Attributes:
         images: how many it has results of.
         errors: its samples that could not be used.
         states: bytes of the states of what was measured, which `load_states` reads.

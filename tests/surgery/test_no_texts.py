@@ -38,8 +38,8 @@ def test_points_and_analyses():
     points, labels = combined_points(torch.empty(6, 0), (2, 3), (7, 8))
     assert (points.shape, labels.shape) == ((0, 2), (0,))
     assert points.dtype == labels.dtype == torch.int64
-    asking = strongest(torch.empty(6, 0))
-    assert foreground_selection(torch.ones(7, 7), asking, torch.empty(0, 6)).shape == (0,)
+    queries = strongest(torch.empty(6, 0))
+    assert foreground_selection(torch.ones(7, 7), queries, torch.empty(0, 6)).shape == (0,)
     assert affinity(torch.ones(7, 4), NO_TEXT).isnan().all()
     assert map_distance(torch.empty(0, 4, 5), torch.ones(4, 5)).shape == (0, 2)
     assert map_likeness(torch.empty(6, 0), torch.ones(6)).shape == (0, 2)
