@@ -8,8 +8,13 @@ import io
 import math
 import uuid
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+_OPEN_FILES = (
+    1 << 16
+)  # far more than a run needs; some programs walk through all that they may have
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
@@ -21,6 +26,21 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def raise_open_files() -> None:
+    """Let this process, and those that it starts, have as many open files as it may allow itself.
+
+    Each batch that waits in shared memory is one, and so is each connection to a loader worker.
+    """
+    with suppress(ImportError):  # Windows has no such limit
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            with suppress(OSError, ValueError):  # some systems allow less than they say
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def file_sha256(path: str | Path) -> str:

@@ -47,7 +47,7 @@ class ShardDataModule(LightningDataModule):
             a list of these. Tars may be packed (``.tar.gz``).
         batch_size: images a batch.
         num_workers: loader processes of each rank; by default the cores of this machine shared among
-            its ranks, at most 8.
+            its ranks, and at most 8 where the model itself wants those cores.
         image_size: side, or (height, width), of the images; by default the model's own.
         resize: ``squash`` to that size, as in the paper, or ``short_side``: the shorter side gets that
             size and the aspect ratio is kept, rounded to whole patches.
@@ -296,9 +296,10 @@ class ShardDataModule(LightningDataModule):
             return 0  # not Linux: starting workers costs seconds
         cores = len(os.sched_getaffinity(0))
         on_node = int(os.environ.get("SLURM_CPUS_ON_NODE", 0))
-        if cores < on_node:
-            return min(8, cores)  # SLURM has given each rank cores of its own
-        return min(8, cores // (self.trainer.num_devices if self.trainer else 1))
+        ranks = self.trainer.num_devices if self.trainer else 1
+        # Fewer than the node has: SLURM has given each rank cores of its own.
+        workers = cores if cores < on_node else cores // ranks
+        return workers if self._device().type == "cuda" else min(8, workers)
 
     def _size(self) -> tuple[int, int]:
         size = self.image_size or self.wanted.image_size

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from common import signals
 from common.errors import UserError
+from common.files import raise_open_files
 from tasks._configs import InvalidConfig
 from tasks._predict import Predict, read_words
 from tasks._ranks import Ranks
@@ -32,6 +33,7 @@ def main(argv: list[str]) -> int:
     warnings.filterwarnings("ignore", ".*persistent_workers.*")
     warnings.filterwarnings("ignore", ".*`srun` command is available.*")
     warnings.filterwarnings("ignore", ".*Couldn't infer the batch indices.*")
+    raise_open_files()
     ranks = Ranks(["predict", *argv])
     try:
         cli = Predict(*read_words(argv), ranks)

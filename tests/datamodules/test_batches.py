@@ -5,6 +5,7 @@ import os
 import pickle
 import resource
 from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -105,22 +106,42 @@ def test_batches_of_256_under_the_usual_limit_of_open_files(tmp_path):
     assert all(sample.label is not None for batch in batches for sample in batch.samples)
 
 
+def test_the_limit_of_open_files_is_raised_at_the_start(capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+    try:
+        assert main(["predict", "--config", "none.yaml"]) == 2
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(1 << 16, hard), hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_nothing_says_how_large_images_are():
     with pytest.raises(InvalidSetting, match=r"--data\.image_size"):
         ShardDataModule.loader(VOC("pipe:true", allow_pipe=True, num_workers=0))
 
 
-@pytest.mark.parametrize(("on_node", "workers"), [(None, 2), (8, 4), (4, 2)])
-def test_cores_that_slurm_has_bound_are_not_divided_again(on_node, workers, monkeypatch):
-    class Trainer:
-        num_devices = 2
-
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+@pytest.mark.parametrize(
+    ("device", "cores", "on_node", "workers"),
+    [
+        ("cpu", 4, None, 2),
+        ("cpu", 4, 8, 4),
+        ("cpu", 4, 4, 2),
+        ("cpu", 64, None, 8),
+        ("cuda", 64, None, 32),
+        ("cuda", 16, 64, 16),
+    ],
+)
+def test_workers_of_the_cores_there_are(device, cores, on_node, workers, monkeypatch):
+    """Cores that SLURM has bound are not divided again; a GPU is fed by all there are."""
+    trainer = SimpleNamespace(num_devices=2)
+    trainer.strategy = SimpleNamespace(root_device=torch.device(device))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
     if on_node:
         monkeypatch.setenv("SLURM_CPUS_ON_NODE", str(on_node))
     data = VOC("x")
-    data.trainer = Trainer()
+    data.trainer = trainer
     assert data._workers() == workers
 
 
