@@ -149,5 +149,5 @@ def test_the_command_fetches_unpacks_and_converts(server, tmp_path, monkeypatch,
     monkeypatch.setattr(VOC, "archives", (Archive(f"{server}/voc.tar"),))
     argv = ["shards", "voc", "--source", str(tmp_path / "new"), "--output", str(tmp_path / "out")]
     assert main([*argv, "--workers", "1", "--download"]) == 0
-    assert "3 samples" in capsys.readouterr().out
+    assert "4 samples" in capsys.readouterr().out
     assert Path(tmp_path / "new" / "downloads" / "voc.tar").exists()

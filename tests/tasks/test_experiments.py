@@ -213,10 +213,11 @@ def test_points_are_drawn_where_they_are_and_told_apart(experiment):
     run, _ = experiment("vit_b16_voc_interactive.yaml", *DRAWN)
     drawn = {1: 0, 0: 0}
     for path in run.glob("*/*.json"):
-        record = json.loads(path.read_text())
-        pictures = sorted(path.parent.glob(f"{path.stem}.points.*.jpg"))
-        assert len(pictures) == len(record.get("texts", {}))
-        for picture, found in zip(pictures, record.get("texts", {}).values(), strict=True):
+        record = json.loads(path.read_text())["methods"]["surgery"]
+        texts = record["texts"]
+        pictures = sorted(path.parent.glob(f"{path.stem}.surgery.points.*.jpg"))
+        assert len(pictures) == len(texts)
+        for picture, found in zip(pictures, texts.values(), strict=True):
             pixels = np.asarray(Image.open(picture)).astype(int)
             scale = pixels.shape[0] // record["size"][0]
             assert min(pixels.shape[:2]) >= 192
