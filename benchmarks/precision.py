@@ -2,9 +2,9 @@
 
     python benchmarks/precision.py --output precision.json
 
-Explainability on scenes that the demo never saw: mSC, and mIoU at the best threshold, as
-`tools/train_demo_clip.py` measures them. Autocast has only the image tower in it, as in a run: texts,
-similarities, feature surgery and maps are in float32 whatever the precision, which is asserted.
+Explainability on scenes that the demo never saw: mSC, and mIoU at the best threshold, as its card has
+them. Autocast has only the image tower in it, as in a run: texts, similarities, feature surgery and
+maps are in float32 whatever the precision, which is asserted.
 Differences are the largest of all patches and texts, of cosines before feature surgery and of what it
 makes of them; masks are those of the images' own classes, at 0.5.
 """
