@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from surgery.precision import widen
+
 Pair = Literal["qk", "qq", "kk", "vv", "identity"]
 
 
@@ -38,6 +40,10 @@ class Recipe:
             are then cosines times the mean length of the block's input / sqrt(d_head).
         neighbour_std: a Gaussian of this standard deviation, in cells, is added to the logits
             between patches (NACLIP); None: no bias.
+        alignment_rounds: Newton-Schulz rounds by which the keys are turned towards the queries (PEARL),
+            see `_aligned`; 0: they are not turned. The centred keys' own products are added to the
+            logits, times `alpha`.
+        alpha: of the above.
         position: how position embeddings are resized to another grid, see `towers.resize_positions`;
             "none": there are none.
         released_class_token: which path's class token the released code returns. Ours is CLIP's own
@@ -53,6 +59,8 @@ class Recipe:
     cosine_scale: float | None = None
     iterations: int = 0
     neighbour_std: float | None = None
+    alignment_rounds: int = 0
+    alpha: float = 0.08
     position: Literal["bilinear", "bicubic", "bicubic_scaled", "none"] = "bilinear"
     released_class_token: Literal["original", "new"] = "new"
 
@@ -86,6 +94,10 @@ RECIPES: dict[str, Recipe] = {
     "clearclip": replace(_LAST_BLOCK, pairs=("qq",), residual=False, ffn=False),
     # Hajimiri et al. 2025 (sinahmr/NACLIP): last block k-k near the token, neither residual nor FFN
     "naclip": replace(_LAST_BLOCK, pairs=("kk",), neighbour_std=5.0, residual=False, ffn=False),
+    # Shao et al. 2024 (leaves162/CLIPtrase): last block q-q plus k-k plus v-v
+    "cliptrase": replace(_LAST_BLOCK, pairs=("qq", "kk", "vv"), combine="sum"),
+    # PEARL (PGSmall/PEARL): last block q-k with aligned keys, neither residual nor FFN
+    "pearl": replace(_LAST_BLOCK, alignment_rounds=5, residual=False, ffn=False),
     # The paper's MaskCLIP (Table 5), by comments in its code: the values of the last block, as surgery
     "maskclip_authors": replace(_SURGERY, pairs=("identity",), blocks=1),
     # Table 4, rows 2 to 5 (row 1 is "raw", row 6 "surgery"); what a row means is our reading
@@ -147,8 +159,14 @@ def attend(
                     raise ValueError("iterations need a temperature and self-self pairs")
                 queries, keys = _cluster(queries, temperature, recipe.iterations)
                 scale = 1.0
+            own = mask
+            if recipe.alignment_rounds:
+                keys, centred = _aligned(queries, keys, recipe.alignment_rounds)
+                more = recipe.alpha * centred[:, :, start:] @ centred.transpose(-2, -1)
+                more = (more * queries.shape[-1] ** -0.5).to(q.dtype)
+                own = more if mask is None else mask + more
             output = F.scaled_dot_product_attention(
-                queries[:, :, start:], keys, v, attn_mask=mask, scale=scale
+                queries[:, :, start:], keys, v, attn_mask=own, scale=scale
             )
         total = output if total is None else total + output
     if total is None:
@@ -170,6 +188,38 @@ def _cluster(x: Tensor, temperature: Tensor, iterations: int) -> tuple[Tensor, T
         x = F.scaled_dot_product_attention(x * temperature.to(x.dtype), x, x, scale=1.0)
         x = F.normalize(x.float(), dim=-1).to(x.dtype)
     return x * temperature.to(x.dtype), x
+
+
+def _aligned(q: Tensor, k: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+    """PEARL's alignment of keys with queries, per head, in float32.
+
+    With w = lengths of q, 0 for the class token, divided by their sum, and q', k' without their weighted
+    mean: M = k'^T q' (d_head x d_head) and R = M (M^T M)^(-1/2), of which the inverse root is found by
+    Newton-Schulz rounds. The released 5 are far from converged, and part of the method.
+
+    Args:
+        q: [B, heads, L, d_head].
+        k: of the same shape.
+        rounds: of Newton-Schulz.
+
+    Returns:
+        k R in their precision, and k' in float32; [B, heads, L, d_head] each.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        queries, keys = widen(q), widen(k)
+        weights = queries.norm(dim=-1, keepdim=True)
+        weights[:, :, 0] = 0
+        weights = weights / (weights.sum(dim=2, keepdim=True) + 1e-6)
+        queries, centred = (x - (weights * x).sum(dim=2, keepdim=True) for x in (queries, keys))
+        turn = centred.transpose(-2, -1) @ queries
+        square = turn.transpose(-2, -1) @ turn
+        size = square.norm(dim=(-2, -1), keepdim=True)
+        one = torch.eye(q.shape[-1], dtype=square.dtype, device=square.device)
+        root, inverse = square / size + 1e-6 * one, one
+        for _ in range(rounds):
+            step = (3 * one - inverse @ root) / 2
+            root, inverse = root @ step, step @ inverse
+        return (keys @ (turn @ inverse / size.sqrt())).to(k.dtype), centred
 
 
 def neighbour_bias(grid: tuple[int, int], std: float, device: torch.device) -> Tensor:

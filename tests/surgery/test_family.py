@@ -9,8 +9,8 @@ from surgery import RECIPES
 
 FULL = {"residual": True, "ffn": True}
 BARE = {"residual": False, "ffn": False}
-SCLIP, CLEARCLIP, NACLIP, MASKCLIP = (
-    RECIPES[name] for name in ("sclip", "clearclip", "naclip", "maskclip")
+SCLIP, CLEARCLIP, NACLIP, MASKCLIP, PEARL = (
+    RECIPES[name] for name in ("sclip", "clearclip", "naclip", "maskclip", "pearl")
 )
 CASES = {
     "sclip": SCLIP,
@@ -24,20 +24,32 @@ CASES = {
     "naclip_std1": replace(NACLIP, neighbour_std=1.0),
     "naclip_with_residual_ffn": replace(NACLIP, **FULL),
     "naclip_kk_only": replace(NACLIP, neighbour_std=None),
+    "cliptrase": RECIPES["cliptrase"],
+    "pearl": PEARL,
+    "pearl_alpha03": replace(PEARL, alpha=0.3),
+    "pearl_no_kk": replace(PEARL, alpha=0.0),
+    "pearl_with_residual_ffn": replace(PEARL, **FULL),
 }
 
 
+@pytest.fixture
+def expected(reference):
+    """The patch tokens that each repository's code answers, by name."""
+    return {**reference("family"), **reference("newer")}
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_as_in_its_repository(name, reference, network):
+def test_as_in_its_repository(name, reference, expected, network):
     tokens = network("vit", attention=CASES[name]).encode_image(reference("inputs")["images_vit"])
-    torch.testing.assert_close(tokens.patch_tokens, reference("family")[name], rtol=0, atol=2e-5)
+    torch.testing.assert_close(tokens.patch_tokens, expected[name], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["sclip", "clearclip", "naclip"])
-def test_position_embeddings_as_in_its_repository(name, reference, network):
-    tokens = network("vit", attention=name).encode_image(reference("inputs")["images_vit_large"])
-    expected = reference("family")[f"{name}_large"]
-    torch.testing.assert_close(tokens.patch_tokens, expected, rtol=0, atol=2e-5)
+@pytest.mark.parametrize("name", ["sclip", "clearclip", "naclip", "cliptrase", "pearl"])
+def test_position_embeddings_as_in_its_repository(name, reference, expected, network):
+    stored = expected[f"{name}_large"]
+    images = reference("inputs")["images_vit_large"][: len(stored)]
+    tokens = network("vit", attention=name).encode_image(images)
+    torch.testing.assert_close(tokens.patch_tokens, stored, rtol=0, atol=2e-5)
 
 
 def test_gem(reference, network):
