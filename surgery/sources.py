@@ -10,8 +10,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -30,6 +31,9 @@ _DEMO_FOLDER = Path(__file__).parent / "demo_clip"
 _RANDOM_SEED = 0
 _RESNET_STRIDE = 32
 _SILENCE = 5.0  # seconds of a download until it is spoken of
+_GIVE_A_FILE = "give the path of a weights file as `pretrained` (.safetensors, or .pt)"
+_GIVE_A_CACHE = "copy the hub's cache of a machine that has one (HF_HOME says where)"
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -96,15 +100,19 @@ def build(model: str, pretrained: str | None, quick_gelu: bool | None) -> Source
         tag = open_clip.get_pretrained_cfg(model, pretrained)
         if tag:
             preprocess = {**preprocess, **tag}
-            path = _download(
-                f"{pretrained!r} weights of {model}", lambda: open_clip.download_pretrained(tag)
+            path = str(
+                download(
+                    f"{pretrained!r} weights of {model}",
+                    lambda: open_clip.download_pretrained(tag),
+                    _GIVE_A_FILE,
+                )
             )
         elif Path(pretrained).suffix or Path(pretrained).exists():
             path = pretrained
         else:
             raise _unknown_weights(model, pretrained)
     elif model.startswith(_HUB):
-        path = _download(f"the weights of {model}", lambda: _from_hub(model, None))
+        path = download(f"the weights of {model}", lambda: _from_hub(model, None), _GIVE_A_FILE)
     checkpoint = read_checkpoint(path) if path else None
     if quick_gelu is None:
         # OpenAI trained with quick GELU, whether or not the model's name says so.
@@ -141,19 +149,22 @@ def tokenizer(name: str, config: dict[str, Any]) -> Any:
     import open_clip
     from open_clip.tokenizer import HFTokenizer
 
-    if name in open_clip.list_models() or name.startswith(_HUB):
-        return open_clip.get_tokenizer(name)
     text = config["text_cfg"]
     options = dict(text.get("tokenizer_kwargs") or {})
     context = text.get("context_length", 77)
-    if text.get("hf_tokenizer_name"):
-        return HFTokenizer(
-            text["hf_tokenizer_name"],
-            context_length=context,
-            tokenizer_mode=text.get("tokenizer_mode"),
-            **options,
-        )
-    return open_clip.SimpleTokenizer(context_length=context, **options)
+    on_hub = text.get("hf_tokenizer_name")
+
+    def make() -> Any:
+        if name in open_clip.list_models() or name.startswith(_HUB):
+            return open_clip.get_tokenizer(name)
+        if on_hub:
+            mode = text.get("tokenizer_mode")
+            return HFTokenizer(on_hub, context_length=context, tokenizer_mode=mode, **options)
+        return open_clip.SimpleTokenizer(context_length=context, **options)
+
+    if on_hub or name.startswith(_HUB):
+        return download(f"the tokenizer of {name}", make, _GIVE_A_CACHE)
+    return make()
 
 
 def _settle(model: str) -> str:
@@ -171,8 +182,10 @@ def _model_config(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
     import open_clip
 
     if model.startswith(_HUB):
-        found = _download(
-            f"the config of {model}", lambda: _from_hub(model, "open_clip_config.json")
+        found = download(
+            f"the config of {model}",
+            lambda: _from_hub(model, "open_clip_config.json"),
+            "give the path of an open_clip JSON config as `model`",
         )
         return _read_config(Path(found))
     if model in open_clip.list_models():
@@ -223,6 +236,7 @@ def _construct(config: dict[str, Any]) -> nn.Module:
         raise InvalidSetting(f"image towers that pool by {vision['pool_type']!r}: {supported}")
     if "hf_model_name" in config["text_cfg"]:
         config["text_cfg"]["hf_model_pretrained"] = False
+        _fetch_text_config(config["text_cfg"]["hf_model_name"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_RANDOM_SEED)
         network = (CustomTextCLIP if custom else CLIP)(**config)
@@ -238,15 +252,35 @@ def _from_hub(model: str, filename: str | None) -> str:
     return str(download_pretrained_from_hf(model.removeprefix(_HUB), filename=filename))
 
 
+def _fetch_text_config(name: str) -> None:
+    """Have the config of a text tower of the hub at hand, of which open_clip builds it."""
+    if find_spec("transformers") is None:
+        raise InvalidSetting(
+            f"the text tower {name} needs transformers: `pip install clip-surgery-lightning[sam]`"
+        )
+    import transformers
+
+    download(
+        f"the config of the text tower {name}",
+        lambda: transformers.AutoConfig.from_pretrained(name),
+        _GIVE_A_CACHE,
+    )
+
+
 class DownloadFailed(UserError, RuntimeError):
     """Weights could not be downloaded."""
 
 
-def _download(what: str, fetch: Callable[[], Any]) -> str:
-    """Path of what ``fetch`` finds in the hub's cache or downloads.
+def download(what: str, fetch: Callable[[], _T], instead: str) -> _T:
+    """What ``fetch`` finds in the hub's cache, or downloads; without the hub client's many lines.
+
+    Args:
+        what: it is, in words.
+        fetch: asks the hub client for it.
+        instead: what a user can do without a connection.
 
     Raises:
-        DownloadFailed: says what can be done without a connection.
+        DownloadFailed: it can't be had.
     """
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
@@ -255,11 +289,12 @@ def _download(what: str, fetch: Callable[[], Any]) -> str:
     alive.daemon = True
     alive.start()
     try:
-        return str(fetch())
+        return fetch()
     except Exception as error:  # open_clip and its hub client raise many kinds
+        said = " ".join(str(error).split())
         raise DownloadFailed(
-            f"downloading {what} failed ({type(error).__name__}: {error}). Without a connection, "
-            "give the path of a weights file as `pretrained` (.safetensors, or .pt)."
+            f"downloading {what} failed ({type(error).__name__}: {said}). Without a connection, "
+            f"{instead}."
         ) from None
     finally:
         alive.cancel()

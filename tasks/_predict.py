@@ -7,6 +7,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from tasks._ranks import Ranks, environment
 from tasks._task import Task
 from tasks.run import Run, RunError
 from tasks.run.callback import ResultWriter
+from tasks.run.processes import told_of_gathering
 
 USAGE = "lightning predict --config NAME [--model TASK] [--data DATASET] [any field below]"
 BASES: dict[str, type] = {"model": Task, "data": ShardDataModule}
@@ -44,6 +46,10 @@ _DEFAULTS = {
     "enable_model_summary": False,
     "use_distributed_sampler": False,
 }
+
+
+# What a config can't say otherwise, such as the default of a callback's argument.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, e: dumper.represent_data(e.value))
 
 
 class Predict(LightningCLI):
@@ -99,7 +105,8 @@ class Predict(LightningCLI):
 
     def predict(self) -> Run:
         """Process all shards that are not finished; results are in the run's folder."""
-        self.trainer.predict(self.model, datamodule=self.datamodule, return_predictions=False)
+        with told_of_gathering(self.trainer):
+            self.trainer.predict(self.model, datamodule=self.datamodule, return_predictions=False)
         return self.writer.run
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -359,6 +366,10 @@ def in_a_line(message: str, known: set[str], origin: Mapping[str, str]) -> str:
         inner = re.search(r"(Option '[^']+' is not accepted)", rest)
         if inner:
             return f"{name}: {inner[1]}"
+        if given and (field := re.match(r"NestedArg\(key='([^']*)'", given[1])):
+            return (
+                f"--{key}.{field[1]}: --{key} has no fields until it names a class (--{key} CLASS)"
+            )
         if types and given:
             return f"{name}: expected {_types(types[1])}, got {given[1]!r}"
         return f"{name}: {' '.join(rest.split())}"

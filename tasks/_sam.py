@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from common.errors import InvalidSetting
+from surgery.fingerprint import Fingerprint
+from surgery.sources import download
 
 
 def need_transformers() -> None:
@@ -33,7 +36,8 @@ class PointSegmenter(nn.Module):
             facebook/sam2.1-hiera-tiny, ...), or a folder with weights and processor.
 
     Raises:
-        InvalidSetting: not there, or neither SAM nor SAM 2.
+        InvalidSetting: a folder with nothing of the kind, or neither SAM nor SAM 2.
+        DownloadFailed: a name that can't be fetched.
     """
 
     def __init__(self, name: str) -> None:
@@ -41,10 +45,7 @@ class PointSegmenter(nn.Module):
         need_transformers()
         import transformers
 
-        try:
-            config = transformers.AutoConfig.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise InvalidSetting(f"--model.sam {name}: {error}") from None
+        config = _fetch(transformers.AutoConfig, name)
         # SAM 2 is published with the weights of its video model, of which the image model is a part.
         kinds = {"sam": "Sam", "sam2": "Sam2", "sam2_video": "Sam2"}
         if config.model_type not in kinds:
@@ -52,13 +53,14 @@ class PointSegmenter(nn.Module):
                 f"--model.sam {name} is a {config.model_type!r}, expected one of {', '.join(kinds)}"
             )
         kind = kinds[config.model_type]
-        try:
-            self.model: Any = getattr(transformers, f"{kind}Model").from_pretrained(name)
-            self.processor: Any = getattr(transformers, f"{kind}Processor").from_pretrained(name)
-        except OSError as error:
-            raise InvalidSetting(f"--model.sam {name}: {error}") from None
+        self.model: Any = _fetch(getattr(transformers, f"{kind}Model"), name)
+        self.processor: Any = _fetch(getattr(transformers, f"{kind}Processor"), name)
         self.requires_grad_(False)
         self.eval()
+
+    def fingerprint(self) -> str:
+        """Digest of all weights."""
+        return Fingerprint().of(self.model, {})
 
     def forward(
         self, image: Tensor, prompts: Sequence[tuple[Tensor, Tensor]]
@@ -110,3 +112,17 @@ class PointSegmenter(nn.Module):
         masks = found.pred_masks[:, :, best : best + 1].float().cpu()
         mask = self.processor.post_process_masks(masks, **sizes)[0][0, 0]
         return mask.to(torch.bool), float(found.iou_scores[0, 0, best])
+
+
+def _fetch(kind: Any, name: str) -> Any:
+    """What transformers makes of a folder, or of a name on the hub."""
+    if not Path(name).is_dir():
+        return download(
+            f"--model.sam {name}",
+            lambda: kind.from_pretrained(name),
+            "give a folder with SAM's weights and processor",
+        )
+    try:
+        return kind.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InvalidSetting(f"--model.sam {name}: {' '.join(str(error).split())}") from None

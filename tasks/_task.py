@@ -174,6 +174,14 @@ class Task(LightningModule):
         ours = [name for name in names if name not in ("self", "backbone")]
         return {"backbone": asdict(self.config), **{name: getattr(self, name) for name in ours}}
 
+    def text_files(self) -> list[str]:
+        """Files whose features stand for the class texts."""
+        return [self.text_features] if self.text_features else []
+
+    def fingerprints(self) -> dict[str, str]:
+        """Digests of the weights of all networks, by what ``run.json`` calls them."""
+        return {"weights": self.backbone.fingerprint()}
+
     def words(self, info: DatasetInfo) -> list[str]:
         """The words whose features are the rows of ``texts``; one a class."""
         return list(info.prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from common.errors import InvalidSetting
+from common.errors import InvalidSetting, MissingFile
 
 TENSORS = ("text_features", "features")
 
@@ -58,7 +59,32 @@ def read_text_features(path: str, words: Sequence[str], aliases: Mapping[str, st
     return F.normalize(features.float(), dim=-1)
 
 
+def digest_of_texts(paths: Sequence[str]) -> str | None:
+    """Digest of all that `read_text_features` reads of these files; None for no file.
+
+    Raises:
+        MissingFile: one isn't there.
+    """
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        _need(path)
+        digest.update(path.read_bytes())
+        if _companion(path).exists():
+            digest.update(_companion(path).read_bytes())
+    return digest.hexdigest() if paths else None
+
+
+def _need(path: Path) -> None:
+    if not path.is_file():
+        raise MissingFile(f"no file of text features at {str(path)!r}: a .safetensors is expected")
+
+
+def _companion(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
 def _read(path: Path) -> tuple[Tensor, list[str] | None]:
+    _need(path)
     try:
         with safe_open(path, "pt") as file:
             keys = list(file.keys())
@@ -69,9 +95,8 @@ def _read(path: Path) -> tuple[Tensor, list[str] | None]:
                 )
             features = file.get_tensor(key)
             listed = (file.metadata() or {}).get("names")
-        companion = path.with_suffix(".json")
-        if listed is None and companion.exists():
-            listed = companion.read_text()
+        if listed is None and _companion(path).exists():
+            listed = _companion(path).read_text()
         names = None if listed is None else json.loads(listed)
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise InvalidSetting(f"--model.text_features {path}: {error}") from None

@@ -96,6 +96,11 @@ class Interactive(Task):
         if self.sam is not None:
             need_transformers()
 
+    def fingerprints(self) -> dict[str, str]:
+        """Digests of the weights of the backbone and of SAM."""
+        sam = {} if self.segmenter is None else {"sam": self.segmenter.fingerprint()}
+        return {**super().fingerprints(), **sam}
+
     def words(self, info: DatasetInfo) -> list[str]:
         """The words of all prompts; one with ``+`` has several."""
         return [word for group in texts_of(info) for word in group]

@@ -109,6 +109,10 @@ class Recognition(Task):
             for i, sample in enumerate(batch.samples)
         ]
 
+    def text_files(self) -> list[str]:
+        """Those of the class texts, and those for places."""
+        return [*super().text_files(), *filter(None, [self.local_text_features])]
+
     def configure_texts(self) -> None:
         """Features of the class texts, and those for places."""
         super().configure_texts()

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from common import signals
 from datamodules._samples import Batch
 from tasks._task import Task
+from tasks._text_features import digest_of_texts
 from tasks.run.errors import RunError
 from tasks.run.folder import Run
 from tasks.run.processes import Processes
@@ -100,12 +100,11 @@ class ResultWriter(BasePredictionWriter):
 
     def _describe(self, task: Task) -> dict[str, Any]:
         """What ``run.json`` holds, as far as it is known before the weights are loaded."""
-        texts = task.text_features
         return {
             "identity": {
                 "task": {"class": type(task).__name__, **task.settings()},
                 "data": task.datamodule.settings(),
-                "texts": sha256(Path(texts).read_bytes()).hexdigest() if texts else None,
+                "texts": digest_of_texts(task.text_files()),
                 "writer": {"layout": self.layout, "overlays": self.overlays},
                 "precision": str(task.trainer.precision),
             },
@@ -119,10 +118,10 @@ class ResultWriter(BasePredictionWriter):
         """Now that the weights are known: check them too, and begin."""
         signals.only_note()  # from now on there are shards to finish or to drop
         if trainer.is_global_zero:
-            backbone = _task(pl_module).backbone
-            weights = backbone.checkpoint
+            task = _task(pl_module)
+            weights = task.backbone.checkpoint
             more = {
-                "identity": {"weights": backbone.fingerprint()},
+                "identity": task.fingerprints(),
                 "checkpoint": {**asdict(weights), "sha256": weights.sha256},
             }
             self.run.accept(self._mine, more, self.config)

@@ -378,6 +378,7 @@ def _difference(key: str, old: Any, new: Any) -> str:
 _OPTIONS = {"task": "model", "data": "data", "writer": "writer"}
 _WORDS = {
     "weights": "the weights are others",
+    "sam": "the weights of SAM are others",
     "texts": "the features in the file of --model.text_features are others",
     "data.shards": "--data.shards are others",
     "data.prompts": "the words of the classes are others",

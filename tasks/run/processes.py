@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -12,8 +16,42 @@ from lightning.pytorch import Trainer
 from common import signals
 from tasks.run.errors import RunError
 
+log = logging.getLogger(__name__)
+
+NOTICE = 30.0  # seconds between two lines about a wait
 _LOOK = 0.1  # seconds between two looks at what is waited for
 _ECHO = 20  # looks in which the signal that ended another process must have come here too
+
+
+@contextmanager
+def told_of_gathering(trainer: Trainer) -> Iterator[None]:
+    """Say what is waited for, as long as not all processes of a run have been started."""
+    over = threading.Event()
+
+    def tell() -> None:
+        waited = 0.0
+        while not over.wait(NOTICE) and not dist.is_initialized():
+            waited += NOTICE
+            log.warning(
+                "waiting %.0f s for all %d processes of the run, on %d nodes: each node needs the "
+                "same command, with MASTER_ADDR, MASTER_PORT and its own NODE_RANK set (torchrun and "
+                "srun do so)",
+                *(waited, trainer.world_size, trainer.num_nodes),
+            )
+
+    if trainer.world_size > 1 and trainer.is_global_zero:
+        threading.Thread(target=tell, name="gathering", daemon=True).start()
+    try:
+        yield
+    except dist.DistError as error:
+        if dist.is_initialized():
+            raise
+        said = " ".join(str(error).split())[:200]
+        raise RunError(
+            f"the {trainer.world_size} processes of the run didn't find each other ({said})"
+        ) from None
+    finally:
+        over.set()
 
 
 class Processes:

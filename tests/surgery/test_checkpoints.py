@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from common.errors import UserError
 from common.files import file_sha256
 from surgery import load_backbone
 from surgery.checkpoints import CheckpointError, read_checkpoint
+from surgery.sources import load_tokenizer
 
 
 @pytest.fixture
@@ -292,6 +294,19 @@ def test_download_that_fails_says_so_once(monkeypatch, caplog):
         load_backbone("RN50", "openai")
     assert e.value.__suppress_context__  # one traceback, not the hub client's before it
     assert not caplog.records
+
+
+@pytest.mark.parametrize("loads", [load_backbone, load_tokenizer])
+def test_a_text_tower_of_the_hub_that_cannot_be_reached(loads, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+
+    def fail(*_, **__):
+        raise OSError("no route to host\nsee the manual")
+
+    for kind in (transformers.AutoConfig, transformers.AutoTokenizer):
+        monkeypatch.setattr(kind, "from_pretrained", fail)
+    with pytest.raises(UserError, match=r"roberta.* failed \(OSError: no route to host see.*cache"):
+        loads("roberta-ViT-B-32", *([None] if loads is load_backbone else []))
 
 
 def test_config_that_is_none(tmp_path):

@@ -184,7 +184,10 @@ VOC = ("--config", "vit_b16_voc")
         ([*VOC, "--data.image_size=a"], "expected int or tuple[int, int] or null, got 'a'"),
         ([*VOC, "--trainer.max_epochs=x"], "--trainer.max_epochs: expected int or null, got 'x'"),
         ([*VOC, "--trainer.callbacks=Mine"], "--trainer.callbacks: expected"),
-        ([*VOC, "--trainer.logger.name=x"], "--trainer.logger: expected"),
+        (
+            [*VOC, "--trainer.logger.name=x"],
+            "--trainer.logger has no fields until it names a class",
+        ),
         ([*VOC, "photos"], "'photos' belongs to no option"),
         ([*VOC, "-x"], "'-x' belongs to no option"),
         ([*VOC, "--model", "mine.MyTask"], "no module 'mine'"),
@@ -340,6 +343,12 @@ def test_a_hub_that_cannot_be_reached_is_told_in_a_sentence(tmp_path, monkeypatc
 def test_a_value_that_makes_no_sense_is_refused(word, said, tmp_path, command, capsys):
     assert main(command(tmp_path / "run", word)) == 1
     assert said in capsys.readouterr().err
+
+
+def test_a_callback_whose_defaults_are_no_plain_values(predict, tmp_path):
+    run = predict(tmp_path / "run", "--trainer.callbacks=Timer")
+    (timer,) = [yaml.safe_load((run / "config.yaml").read_text())["trainer"]["callbacks"]]
+    assert timer["init_args"]["interval"] == "step"
 
 
 def test_missing_shards_say_what_to_do(capsys):

@@ -29,7 +29,7 @@ from datamodules._shards import ShardStream
 from surgery.backbone import Backbone
 from surgery.towers.vit import ViT
 from tasks.__main__ import main
-from tasks.run import results, shard
+from tasks.run import processes, results, shard
 from tests.tasks.conftest import members, same_results
 from tests.tasks.test_runs import add, one_thread
 
@@ -418,6 +418,19 @@ def test_a_checkpoint_that_a_training_left_under_slurm(finished, predict, monkey
     monkeypatch.chdir(tmp_path)
     Path("hpc_ckpt_1.ckpt").write_bytes(b"weights of something else")
     assert same_results(finished, predict(tmp_path / "run"))
+
+
+def test_a_node_that_does_not_come(command, monkeypatch, tmp_path, capsys, caplog):
+    def in_vain(*_, **__):
+        time.sleep(0.5)
+        raise torch.distributed.DistStoreError("Timed out: 1/2 clients joined")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", in_vain)
+    monkeypatch.setattr(processes, "NOTICE", 0.1)
+    words = command(tmp_path / "run", "--trainer.num_nodes=2", "--trainer.strategy=ddp")
+    assert main(words) == 1
+    assert "for all 2 processes of the run, on 2 nodes" in caplog.text
+    assert "didn't find each other (Timed out: 1/2 clients joined)" in capsys.readouterr().err
 
 
 @pytest.mark.processes

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -181,6 +182,8 @@ def test_masks_of_a_tiny_sam(predict, scenes, run, tmp_path, kind):
 
     # One encoding for all prompts gives what each gets by itself through the plain interface.
     segmenter = PointSegmenter(str(folder))
+    kept = json.loads((with_masks / "run.json").read_text())
+    assert kept["identity"]["sam"] == segmenter.fingerprint()
     image = torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8)
     prompts = [
         (torch.tensor([[5, 6], [30, 20], [49, 39]]), torch.tensor([1, 1, 0])),
@@ -214,6 +217,23 @@ def test_without_the_extra_the_message_says_what_to_install(command, tmp_path, c
         == 1
     )
     assert "pip install clip-surgery-lightning[sam]" in capsys.readouterr().err
+
+
+def test_sam_that_cannot_be_fetched_is_told_in_a_sentence(command, tmp_path, capsys, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+
+    def fail(name):
+        logging.getLogger("huggingface_hub.utils").warning("Retrying in 1s")
+        raise OSError("no route to host\nsee the manual")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
+    words = command(tmp_path / "run", "--model.sam=facebook/sam-vit-base", task="Interactive")
+    assert main(words) == 1
+    (told,) = [
+        line for line in capsys.readouterr().err.splitlines() if "random weights" not in line
+    ]
+    assert "--model.sam facebook/sam-vit-base failed (OSError: no route to host see" in told
+    assert "give a folder with SAM's weights" in told
 
 
 def test_a_folder_that_is_no_sam(command, tmp_path, capsys):

@@ -159,6 +159,19 @@ def test_tai_dpts_predictions_are_merged_and_feature_surgery_applies_to_them(
     np.testing.assert_allclose(table(run, "scores")[1], expected, atol=1e-6)
 
 
+def test_other_learned_texts_under_the_same_name_are_another_run(
+    command, tmp_path, learned, capsys
+):
+    features, (text, local) = learned
+    words = command(tmp_path / "run", text, local, task="Recognition")
+    assert main(words) == 0
+    (tmp_path / "run" / "000001.tar").unlink()
+    path = local.split("=")[1]
+    save_file({"features": features["local_text"].flip(1)}, path, {"names": json.dumps(NOUNS)})
+    assert main(words) == 1
+    assert "the features in the file" in capsys.readouterr().err
+
+
 def test_learned_texts_that_do_not_fit_are_refused(command, tmp_path, learned, capsys):
     _, (text, local) = learned
     assert main(command(tmp_path / "run", local, task="Recognition")) == 1

@@ -226,6 +226,11 @@ class TestTextFeatures:
         assert main(command(tmp_path / "run", option, task="Segmentation")) == 1
         assert message in capsys.readouterr().err
 
+    def test_a_file_that_is_not_there(self, command, tmp_path, capsys):
+        option = f"--model.text_features={tmp_path / 'nowhere'}"
+        assert main(command(tmp_path / "run", option, task="Segmentation")) == 1
+        assert "no file of text features at" in capsys.readouterr().err
+
     def test_other_features_are_another_run(self, features, predict, command, tmp_path, capsys):
         option = self.saved(tmp_path / "f.safetensors", features, None)
         predict(tmp_path / "run", option, task="Segmentation")
