@@ -3,18 +3,19 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from tasks._predict import predict
-    from tasks._task import BackboneConfig, Task
-    from tasks.analysis import Analysis
-    from tasks.explainability import Explainability
-    from tasks.interactive import Interactive
-    from tasks.multimodal import Multimodal
-    from tasks.opinions import Opinions
-    from tasks.recognition import Recognition
-    from tasks.run import Run
-    from tasks.run.callback import ResultWriter
-    from tasks.segmentation import Segmentation
+if TYPE_CHECKING:  # for type checkers; each is imported when it is first used
+    from tasks._predict import predict as predict
+    from tasks._task import BackboneConfig as BackboneConfig
+    from tasks._task import Task as Task
+    from tasks.analysis import Analysis as Analysis
+    from tasks.explainability import Explainability as Explainability
+    from tasks.interactive import Interactive as Interactive
+    from tasks.multimodal import Multimodal as Multimodal
+    from tasks.opinions import Opinions as Opinions
+    from tasks.recognition import Recognition as Recognition
+    from tasks.run import Run as Run
+    from tasks.run.callback import ResultWriter as ResultWriter
+    from tasks.segmentation import Segmentation as Segmentation
 
 TASKS = {
     "analysis": "Analysis",
@@ -25,7 +26,7 @@ TASKS = {
     "recognition": "Recognition",
     "segmentation": "Segmentation",
 }
-"""Module -> class of each task."""
+"""Module -> class of each task. A new one is a row here and above; what it measures: `tasks.measures`."""
 
 _HOMES = {
     "BackboneConfig": "_task",
@@ -36,21 +37,7 @@ _HOMES = {
     **{cls: module for module, cls in TASKS.items()},
 }
 
-__all__ = [
-    "TASKS",
-    "Analysis",
-    "BackboneConfig",
-    "Explainability",
-    "Interactive",
-    "Multimodal",
-    "Opinions",
-    "Recognition",
-    "ResultWriter",
-    "Run",
-    "Segmentation",
-    "Task",
-    "predict",
-]
+__all__ = ["TASKS", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
