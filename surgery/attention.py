@@ -15,7 +15,7 @@ from torch import Tensor
 
 from surgery.precision import widen
 
-Pair = Literal["qk", "qq", "kk", "vv", "identity"]
+Pair = Literal["qk", "qq", "kk", "vv", "identity", "similarity"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Recipe:
 
     Attributes:
         pairs: which projections attend to which, one softmax(a . b / sqrt(d_head)) each; "identity"
-            lets every token see itself only. No pairs: no new path, plain CLIP.
+            lets every token see itself only, "similarity" is made of another block's cells (see
+            `similarity_block`). No pairs: no new path, plain CLIP.
         combine: several softmaxes are averaged or summed (SCLIP's rows sum to 2).
         blocks: how many of the last blocks are reformed; None: what `load_backbone` was asked for.
         reads: the new path attends over ln_1 of the original path ("original"; dual path) or over
@@ -44,6 +45,18 @@ class Recipe:
             see `_aligned`; 0: they are not turned. The centred keys' own products are added to the
             logits, times `alpha`.
         alpha: of the above.
+        similarity_block: M are the cosines of the cells that leave this block, counted from 0. The cells
+            of the new path are averaged by M before the last block's attention, and "similarity" is
+            softmax(3 (M - mean M)) over what is above the mean (SC-CLIP, SFP). It has to be a ViT.
+        floored: similarities below 0.4 are 0 in "similarity" too, and not only in the averages.
+        smoothing_block: the cells of this one are what the averages after the attention are taken by.
+        summed_blocks: first and past the last block, the sum of whose tokens takes the same way
+            (without the first average, and with `summed_pairs`), and is added.
+        summed_pairs: of that sum; None: `pairs`.
+        outliers: which cells are replaced by their neighbours' mean first, see `smoothing.outliers`.
+        outlier_factor: see there.
+        class_share: how much of the class token is added to each cell after the attention.
+        large: what stands in its place on a network of 24 blocks (ViT-L); None: it itself.
         position: how position embeddings are resized to another grid, see `towers.resize_positions`;
             "none": there are none.
         released_class_token: which path's class token the released code returns. Ours is CLIP's own
@@ -61,8 +74,24 @@ class Recipe:
     neighbour_std: float | None = None
     alignment_rounds: int = 0
     alpha: float = 0.08
+    similarity_block: int | None = None
+    floored: bool = False
+    smoothing_block: int = 0
+    summed_blocks: tuple[int, int] = (0, 0)
+    summed_pairs: tuple[Pair, ...] | None = None
+    outliers: Literal["density", "class"] = "density"
+    outlier_factor: float = 1.5
+    class_share: float = 0.3
+    large: "Recipe | None" = None
     position: Literal["bilinear", "bicubic", "bicubic_scaled", "none"] = "bilinear"
     released_class_token: Literal["original", "new"] = "new"
+
+    @property
+    def last_block_read(self) -> int | None:
+        """The last of the blocks, from 0, whose tokens it names; None where it names none."""
+        if self.similarity_block is None:
+            return None
+        return max(self.similarity_block, self.smoothing_block, self.summed_blocks[1] - 1)
 
     @property
     def asks_with_queries(self) -> bool:
@@ -72,6 +101,19 @@ class Recipe:
 
 _SURGERY = Recipe(pairs=("vv",), released_class_token="original")
 _LAST_BLOCK = Recipe(pairs=("qk",), blocks=1, ffn=True, position="bicubic_scaled")
+_SC_CLIP = replace(
+    _LAST_BLOCK,
+    pairs=("similarity", "kk"),
+    residual=False,
+    ffn=False,
+    similarity_block=8,
+    smoothing_block=3,
+    summed_blocks=(3, 10),
+)
+# What the author of SC-CLIP names for ViT-L/14 (an issue of its repository)
+_SC_CLIP_LARGE = replace(
+    _SC_CLIP, similarity_block=16, smoothing_block=6, summed_blocks=(8, 19), class_share=0.1
+)
 
 RECIPES: dict[str, Recipe] = {
     # plain CLIP, every token projected
@@ -98,6 +140,16 @@ RECIPES: dict[str, Recipe] = {
     "cliptrase": replace(_LAST_BLOCK, pairs=("qq", "kk", "vv"), combine="sum"),
     # PEARL (PGSmall/PEARL): last block q-k with aligned keys, neither residual nor FFN
     "pearl": replace(_LAST_BLOCK, alignment_rounds=5, residual=False, ffn=False),
+    # SC-CLIP (SuleBai/SC-CLIP): last block k-k and similarity, smoothed by layers before
+    "sc_clip": replace(_SC_CLIP, large=_SC_CLIP_LARGE),
+    # SFP (Kimsure/SFP, for 12 blocks): the same with other outliers and pairs
+    "sfp": replace(
+        _SC_CLIP,
+        pairs=("similarity", "qq", "kk"),
+        floored=True,
+        summed_pairs=("similarity",),
+        outliers="class",
+    ),
     # The paper's MaskCLIP (Table 5), by comments in its code: the values of the last block, as surgery
     "maskclip_authors": replace(_SURGERY, pairs=("identity",), blocks=1),
     # Table 4, rows 2 to 5 (row 1 is "raw", row 6 "surgery"); what a row means is our reading

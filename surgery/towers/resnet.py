@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.errors import InvalidSetting
 from surgery.attention import Recipe, attend, neighbour_bias
 from surgery.precision import widen
 from surgery.towers._tower import (
@@ -42,6 +43,8 @@ class ResNet(Tower):
 
     def plan(self, recipe: Recipe, blocks: int | str, released: bool) -> Plan:
         """The released code of CLIP Surgery reforms the class token too (against the paper)."""
+        if recipe.last_block_read is not None:
+            raise InvalidSetting("this recipe reads blocks before the last one: a ResNet has none")
         settled = super().plan(recipe, blocks, released)
         return Plan(recipe, settled.blocks, new_class_token=released)
 

@@ -4,14 +4,17 @@ Where no gradients are recorded, sums and activations are written in place: new 
 would cost about a tenth of the whole forward on a CPU, most of it for fresh pages.
 """
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery.attention import attend, neighbour_bias
+from common.errors import InvalidSetting
+from surgery.attention import Pair, Recipe, attend, neighbour_bias
 from surgery.precision import wide_norm, widen
+from surgery.smoothing import aggregate, attention, floor, mend, outliers, similarities
 from surgery.towers._tower import (
     ImageTokens,
     Plan,
@@ -22,6 +25,9 @@ from surgery.towers._tower import (
     split_heads,
     temperature,
 )
+
+_LARGE = 24
+"""Blocks of ViT-L."""
 
 
 class ViT(Tower):
@@ -39,6 +45,23 @@ class ViT(Tower):
         """The tower's."""
         positions: Tensor = self.visual.positional_embedding
         return positions
+
+    def plan(self, recipe: Recipe, blocks: int | str, released: bool) -> Plan:
+        """Settle a recipe; see `Tower.plan`.
+
+        Raises:
+            InvalidSetting: also where it names a block that isn't before the last one.
+        """
+        if recipe.large is not None and self.depth == _LARGE:
+            recipe = recipe.large
+        last = recipe.last_block_read
+        if last is not None and last >= self.depth - 1:
+            raise InvalidSetting(
+                f"this recipe reads blocks up to {last} (from 0) before the last one, and the tower "
+                f"has {self.depth} blocks: give it others, with dataclasses.replace(recipe, "
+                f"similarity_block=..., smoothing_block=..., summed_blocks=...)"
+            )
+        return super().plan(recipe, blocks, released)
 
     def run(
         self,
@@ -98,7 +121,8 @@ class ViT(Tower):
         if not plan.blocks:
             x = self.run(images, positions)
             return ImageTokens(self.project(x[:, :1])[:, 0], self.project(x[:, 1:]), grid)
-        path = _NewPath(plan, self.depth - plan.blocks, grid)
+        kind = _NewPath if plan.recipe.similarity_block is None else _SmoothedPath
+        path = kind(plan, self.depth - plan.blocks, grid)
         x = self.run(images, positions, path, class_only=not path.apart)[:, :1]
         class_token = self.project(path.y[:, :1] if plan.new_class_token else x)[:, 0]
         return ImageTokens(class_token, self.project(path.y[:, 1 - path.start :]), grid)
@@ -151,7 +175,7 @@ class _NewPath(Visitor):
         recipe, block, y = self.recipe, step.block, self.y
         read, q, k, v = step.normed, step.q, step.k, step.v
         if recipe.reads == "itself":
-            read = block.ln_1(y)
+            read = _norm(block.ln_1, y)
             q, k, v = _heads(block.attn, read)
         warmth = temperature(read, q.shape[-1]) if recipe.iterations else None
         output = attend(recipe, q, k, v, start=self.start, bias=self.bias, temperature=warmth)
@@ -159,6 +183,66 @@ class _NewPath(Visitor):
             y = torch.zeros_like(y)
         y = _add_attention(block, y, output)
         self.y = _add_mlp(block, y, step.hidden) if recipe.ffn else y
+
+
+class _SmoothedPath(_NewPath):
+    """Cells of the last block made alike where earlier blocks see the same (SC-CLIP, SFP).
+
+    With X the cells that enter the last block, M and N the similarities of those that leave the recipe's
+    `similarity_block` and `smoothing_block`, outliers of X and M mended, and avg a `smoothing.aggregate`:
+        X <- avg(M, X)
+        X <- out_proj(attention(ln_1(X))) + class_share * class token
+        X <- avg(N, X)
+    and the same, without its first step, of the sum of the tokens that leave the `summed_blocks`.
+    """
+
+    def __init__(self, plan: Plan, first: int, grid: tuple[int, int]) -> None:
+        super().__init__(plan, first, grid)
+        self.start = 1
+        self.summed: Tensor | None = None
+
+    def leave(self, step: Step) -> None:
+        recipe, x = self.recipe, widen(step.x)
+        if step.index == recipe.similarity_block:
+            self.similar = x[:, 1:].clone()
+        if step.index == recipe.smoothing_block:
+            self.smoothing = similarities(x[:, 1:])
+        if recipe.summed_blocks[0] <= step.index < recipe.summed_blocks[1]:
+            self.summed = x.clone() if self.summed is None else self.summed + x
+
+    def attend(self, step: Step) -> Tensor:
+        if step.index == self.first - 1:
+            self.weights = widen(step.weights()).mean(dim=1)
+        return super().attend(step)
+
+    def _advance(self, step: Step) -> None:
+        recipe, summed = self.recipe, self.summed
+        x, class_token = self.y, widen(step.x[:, :1])
+        wrong = outliers(recipe.outliers, x, self.weights, recipe.outlier_factor)
+        lost: Literal["kept", "zero"] = "kept" if recipe.outliers == "density" else "zero"
+        matrix = similarities(mend(self.similar, wrong, self.grid, lost=lost))
+        x = aggregate(matrix, mend(x, wrong, self.grid, lost=lost))
+        seen = attention(floor(matrix) if recipe.floored else matrix)
+        self.y = self._smooth(step, x, class_token, seen, recipe.pairs)
+        if summed is not None:
+            pairs = recipe.pairs if recipe.summed_pairs is None else recipe.summed_pairs
+            more = self._smooth(step, summed[:, 1:], summed[:, :1], seen, pairs)
+            self.y = self.y + more
+
+    def _smooth(
+        self, step: Step, x: Tensor, class_token: Tensor, seen: Tensor, pairs: tuple[Pair, ...]
+    ) -> Tensor:
+        """Attention over cells x [B, N, D] alone, the class token's share, and the average."""
+        block = step.block
+        q, k, v = _heads(block.attn, _norm(block.ln_1, x))
+        others = tuple(pair for pair in pairs if pair != "similarity")
+        output = seen[:, None].to(v.dtype) @ v
+        if others:
+            own = replace(self.recipe, pairs=others, combine="sum")
+            output = (output + attend(own, q, k, v)) / len(pairs)
+        zero = torch.zeros_like(x)
+        x = _add_attention(block, zero, output) + self.recipe.class_share * class_token
+        return aggregate(self.smoothing, x)
 
 
 def _workspace(mlp: Any, x: Tensor) -> Tensor | None:
@@ -174,6 +258,12 @@ def _workspace(mlp: Any, x: Tensor) -> Tensor | None:
     return room
 
 
+def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """A block's norm, also of tokens that are kept in more bits than its weights have."""
+    same = x.dtype == norm.weight.dtype
+    return norm(x) if same else wide_norm(norm, x).to(norm.weight.dtype)
+
+
 def _add_attention(block: Any, x: Tensor, output: Tensor) -> Tensor:
     """x [B, L, D] plus the output projection of what its tokens saw, [B, heads, L, d_head]."""
     out = block.attn.out_proj
@@ -182,7 +272,7 @@ def _add_attention(block: Any, x: Tensor, output: Tensor) -> Tensor:
 
 def _add_mlp(block: Any, x: Tensor, hidden: Tensor | None = None) -> Tensor:
     """x [B, L, D] plus the feed-forward part of a block; `hidden` is a `_workspace`."""
-    mlp, normed = block.mlp, block.ln_2(x)
+    mlp, normed = block.mlp, _norm(block.ln_2, x)
     if hidden is None:
         inner = mlp.c_fc(normed)
     else:
