@@ -51,12 +51,11 @@ def load_backbone(*args, **kwargs):
     note("backbone")
     return found
 tasks._task.load_backbone = load_backbone
-encode = tasks._task.encode_prompts
-def encode_prompts(*args, **kwargs):
-    found = encode(*args, **kwargs)
+encode = tasks._task.Task.configure_texts
+def configure_texts(task):
+    encode(task)
     note("texts")
-    return found
-tasks._task.encode_prompts = encode_prompts
+tasks._task.Task.configure_texts = configure_texts
 class Probed(predict.Predict):
     def instantiate_trainer(self, **kwargs):
         self.trainer_defaults["callbacks"] = [Probe()]
@@ -123,14 +122,16 @@ def follow(folder: Path, name: str, workers: int) -> dict[str, float]:
     words += [f"--writer.output={folder / name}", f"--data.num_workers={workers}"]
     words += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
     began = time.time()
-    subprocess.run(
+    run = subprocess.run(
         [sys.executable, "-c", PROBE, str(notes), *words],
-        check=True,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         cwd=folder,
         env={**os.environ, "CLIP_SURGERY_CACHE": str(folder / "cache")},
     )
+    if run.returncode:
+        sys.exit(f"{run.stderr}\nthe run of the demo ended with {run.returncode}")
     times: dict[str, float] = {}
     for line in notes.read_text().splitlines():
         what, at = line.split()

@@ -354,13 +354,13 @@ def json_bytes(record: dict[str, Any]) -> bytes:
     return json.dumps(record, ensure_ascii=False).encode()
 
 
-def need_folder(folder: Path, layout: str) -> None:
-    """Check that ``folder`` exists.
+def folder_with(name: str, source: Path, *below: str) -> Path:
+    """The folder of a data set: ``source``, or one ``below`` it, whichever holds ``name``.
 
-    Raises:
-        SourceError: it doesn't; shows the expected ``layout`` and what is found instead.
+    ``source`` where none does: what is missing is told by whoever reads it.
     """
-    first_of((folder,), layout)
+    places = (source, *(source / inner for inner in below))
+    return next((place for place in places if (place / name).exists()), source)
 
 
 def first_of(places: Sequence[Path], layout: str) -> Path:

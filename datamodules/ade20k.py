@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from datamodules._convert import Members, Source, first_of, label_of, sample_members
+from datamodules._convert import Members, Source, first_of, folder_with, label_of, sample_members
 from datamodules._datamodule import ShardDataModule
 from datamodules._download import Archive
 from datamodules._samples import DatasetInfo, Wording
@@ -201,10 +201,8 @@ class ADE20K(ShardDataModule):
         Raises:
             SourceError: the layout isn't there; shows what was expected and found.
         """
-        folder = Path(source)
-        places = (folder / "ADEChallengeData2016", folder)
-        root = next((r for r in places if (r / "annotations").exists()), folder)
         part = {"val": "validation", "train": "training"}.get(split, split)
+        root = folder_with(f"annotations/{part}", Path(source), "ADEChallengeData2016")
         maps = first_of((root / "annotations" / part,), cls.layout)
         images = first_of((root / "images" / part,), cls.layout)
         ids = sorted(p.stem for p in maps.glob("*.png"))

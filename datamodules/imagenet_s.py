@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from datamodules._convert import Members, Source, SourceError, first_of, sample_members
+from datamodules._convert import Members, Source, SourceError, first_of, folder_with, sample_members
 from datamodules._datamodule import ShardDataModule
 from datamodules._dataset_json import read_dataset_json
 from datamodules._remote import is_remote
@@ -117,10 +117,8 @@ class ImageNetS(ShardDataModule):
         Raises:
             SourceError: the layout isn't there; shows what was expected and found.
         """
-        folder = Path(source)
-        places = (folder, *(folder / f"ImageNetS{size}" for size in SIZES))
         split = "validation" if split == "val" else split
-        root = next((r for r in places if (r / split).exists()), folder)
+        root = folder_with(split, Path(source), *(f"ImageNetS{size}" for size in SIZES))
         images = first_of((root / split,), cls.layout)
         maps = root / f"{split}-segmentation"
         maps = maps if maps.exists() else images

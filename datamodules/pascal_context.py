@@ -13,6 +13,7 @@ from datamodules._convert import (
     Source,
     SourceError,
     first_of,
+    folder_with,
     label_of,
     sample_members,
 )
@@ -142,31 +143,19 @@ class PascalContext(ShardDataModule):
         Raises:
             SourceError: the layout isn't there; shows what was expected and found.
         """
-        folder = Path(source)
-        places = (folder, folder / "VOC2010", folder / "VOCdevkit" / "VOC2010")
-        root = next((r for r in places if (r / "JPEGImages").exists()), folder)
+        root = folder_with("JPEGImages", Path(source), "VOC2010", "VOCdevkit/VOC2010")
         first_of((root / "JPEGImages",), cls.layout)
         maps = first_of((root / "SegmentationClassContext", root / "trainval"), cls.layout)
         sets = root / "ImageSets"
         lists = (sets / "SegmentationContext" / f"{split}.txt", sets / "Main" / f"{split}.txt")
         ids = first_of(lists, cls.layout).read_text().split()
+        table, variant = None, "59 classes (.png)"
         if maps.name == "trainval":
             table = label_table(first_of((root / "labels.txt", maps / "labels.txt"), cls.layout))
             ids = [image_id for image_id in ids if (maps / f"{image_id}.mat").exists()]
-            return Source(
-                INFO,
-                split,
-                ids,
-                partial(read_sample, root, table),
-                extra={"variant": "459 classes (.mat), mapped by name"},
-            )
-        return Source(
-            INFO,
-            split,
-            ids,
-            partial(read_sample, root, None),
-            extra={"variant": "59 classes (.png)"},
-        )
+            variant = "459 classes (.mat), mapped by name"
+        read = partial(read_sample, root, table)
+        return Source(INFO, split, ids, read, extra={"variant": variant})
 
 
 def label_table(file: Path) -> np.ndarray:

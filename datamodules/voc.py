@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from datamodules._convert import Members, Source, label_of, need_folder, sample_members
+from datamodules._convert import Members, Source, first_of, folder_with, label_of, sample_members
 from datamodules._datamodule import ShardDataModule
 from datamodules._download import Archive
 from datamodules._samples import DatasetInfo, Wording, colour_table
@@ -124,13 +124,10 @@ class VOC(ShardDataModule):
         Raises:
             SourceError: the layout isn't there; shows what was expected and found.
         """
-        folder = Path(source)
-        places = (folder, folder / "VOC2012", folder / "VOCdevkit" / "VOC2012")
-        root = next((r for r in places if (r / "ImageSets").exists()), folder)
-        ids = root / "ImageSets" / "Segmentation" / f"{split}.txt"
-        need_folder(ids, cls.layout)
-        need_folder(root / "JPEGImages", cls.layout)
-        need_folder(root / "SegmentationClass", cls.layout)
+        root = folder_with("ImageSets", Path(source), "VOC2012", "VOCdevkit/VOC2012")
+        ids = first_of((root / "ImageSets" / "Segmentation" / f"{split}.txt",), cls.layout)
+        for needed in ("JPEGImages", "SegmentationClass"):
+            first_of((root / needed,), cls.layout)
         return Source(INFO, split, tuple(ids.read_text().split()), partial(read_sample, root))
 
 
