@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.files import file_sha256
+from common.files import file_digest
 
 _PIECES = 16
 _PIECE = 1 << 12  # bytes
@@ -74,5 +74,5 @@ def has_changed(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     if was["modified"] == now["modified"]:
         return False
     if "sha256" in was and "path" in now:
-        return file_sha256(now["path"]) != was["sha256"]
+        return file_digest(now["path"]) != was["sha256"]
     return bool(was["inode"] == now["inode"])

@@ -30,7 +30,7 @@ from webdataset import TarWriter
 
 from common import signals
 from common.errors import UserError
-from common.files import file_sha256, write_atomically
+from common.files import file_digest, write_atomically
 from common.pictures import MAX_PIXELS, BadPicture, identify
 from datamodules._dataset_json import NAME, UNFINISHED, read_dataset_json
 from datamodules._decode import read_index_png
@@ -229,7 +229,7 @@ def _write_shard(source: Source, output: Path, name: str, items: Sequence[Any]) 
                     samples += 1
         file.flush()
         os.fsync(file.fileno())
-    facts = ShardFacts(name, samples, file_sha256(partial), _identity(source, items), tuple(bad))
+    facts = ShardFacts(name, samples, file_digest(partial), _identity(source, items), tuple(bad))
     write_atomically(output / f"{name}.json", json.dumps(asdict(facts)))
     partial.replace(output / name)
     return facts
@@ -241,7 +241,7 @@ def _finished(output: Path, name: str, identity: str) -> ShardFacts | None:
     if not (output / name).exists() or not beside.exists():
         return None
     facts = json.loads(beside.read_text())
-    if facts["source"] != identity or file_sha256(output / name) != facts["sha256"]:
+    if facts["source"] != identity or file_digest(output / name) != facts["sha256"]:
         return None
     return ShardFacts(**{**facts, "bad": tuple((k, r) for k, r in facts["bad"])})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import sys
 import tarfile
@@ -18,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from common.errors import UserError
+from common.files import file_digest
 
 RETRIES = 5
 CHUNK = 1 << 20
@@ -95,7 +95,7 @@ def fetch(archive: Archive, downloads: Path) -> Path:
                 ) from None
         time.sleep(2**attempt / 4)
     kind, _, wanted = archive.checksum.partition(":")
-    if wanted and (found := digest_of(partial, kind)) != wanted:
+    if wanted and (found := file_digest(partial, kind)) != wanted:
         partial.unlink()
         raise DownloadError(f"{archive.url} has {kind} {found}, published is {wanted}: run again")
     partial.replace(target)
@@ -140,15 +140,6 @@ def append_rest(url: str, partial: Path) -> None:
                 bar.update(len(chunk))
     if total is not None and partial.stat().st_size != total:
         raise OSError(f"{partial.stat().st_size} of {total} bytes came")
-
-
-def digest_of(file: Path, kind: str) -> str:
-    """Checksum of a file, in hex."""
-    digest = hashlib.new(kind, usedforsecurity=False)
-    with open(file, "rb") as data:
-        while chunk := data.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def unpack(file: Path, folder: Path) -> None:

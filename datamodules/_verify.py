@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from common import signals
 from common.errors import MissingFile
-from common.files import file_sha256
+from common.files import file_digest
 from common.pictures import MAX_PIXELS
 from datamodules._convert import process_pool
 from datamodules._dataset_json import read_dataset_json
@@ -96,7 +96,7 @@ def verify_shard(
     if expected and len(entries) != expected["samples"]:
         reason = f"has {len(entries)} samples, dataset.json says {expected['samples']}"
         problems.append(SampleError(path.name, "", reason))
-    if expected and file_sha256(path) != expected["sha256"]:
+    if expected and file_digest(path) != expected["sha256"]:
         problems.append(SampleError(path.name, "", "its checksum is not that in dataset.json"))
     for entry in entries:
         try:

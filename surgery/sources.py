@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from common.errors import InvalidSetting, UserError
-from common.files import file_sha256
+from common.files import file_digest
 from surgery.checkpoints import CheckpointError, load_weights, read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class CheckpointInfo:
     @cached_property
     def sha256(self) -> str | None:
         """Hex SHA-256 of the file; None for random weights."""
-        return None if self.path is None else file_sha256(self.path)
+        return None if self.path is None else file_digest(self.path)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from tasks._draw import heat_maps, mark_cell
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks.measures._measures import label_masks
 from tasks.measures.analysis import DISTANCES, SELECTIONS, STAGES, AnalysisMeasures
-from tasks.run.results import Facts, Files, ImageResult, slug
+from tasks.run.results import Facts, ImageResult
+from tasks.run.stored import Files, slug
 
 
 class Cosines(NamedTuple):

@@ -23,7 +23,8 @@ from tasks._draw import point_figure
 from tasks._sam import PointSegmenter, need_transformers
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks.measures.interactive import InteractiveMeasures
-from tasks.run.results import ByMethod, ImageResult, Masks, Points, slug
+from tasks.run.results import ByMethod, ImageResult, Masks, Points
+from tasks.run.stored import slug
 
 ALONE = ("surgery", "surgery_paper")
 """Methods that compare a text with all others unless they are told to take each alone."""

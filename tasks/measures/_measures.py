@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -150,3 +150,37 @@ def by_class(
         name: {column: float(values[i]) for column, values in columns.items()}
         for i, name in enumerate(names)
     }
+
+
+def report_by_method(
+    classes: tuple[str, ...],
+    columns: Mapping[str, Mapping[str, Tensor]],
+    means: Mapping[str, dict[str, float]],
+    details: Mapping[str, dict[str, Any]],
+    beside: Sequence[str],
+) -> Report:
+    """The report of several methods: the first one's numbers are the headline.
+
+    Args:
+        classes: names of the K classes.
+        columns: method -> class-wise column -> numbers [K].
+        means: method -> metrics.
+        details: method -> what else there is to say of it.
+        beside: columns of the other methods that stand beside the first one's, led by their method.
+
+    Returns:
+        The report.
+    """
+    first, *others = columns
+    more = {
+        f"{method}.{name}": columns[method][name]
+        for method in others
+        for name in beside
+        if name in columns[method]
+    }
+    return Report(
+        metrics=means[first],
+        methods=dict(means),
+        per_class=by_class(classes, {**columns[first], **more}),
+        details=details[first] | ({"methods": {m: details[m] for m in others}} if others else {}),
+    )

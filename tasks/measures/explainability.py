@@ -10,7 +10,7 @@ from torch import Tensor
 
 from datamodules._samples import DatasetInfo
 from surgery.metrics import MeanScoreContrast, ThresholdIoU
-from tasks.measures._measures import Measures, Report, by_class, label_masks
+from tasks.measures._measures import Measures, Report, label_masks, report_by_method
 
 
 class ExplainabilityMeasures(Measures):
@@ -68,18 +68,12 @@ class ExplainabilityMeasures(Measures):
         if not self.metrics:
             return Report({})
         columns = {method: self._columns(method) for method in self.methods}
-        means = {method: _means(of) for method, of in columns.items()}
-        first, *others = self.methods
-        # Beside the first method's own columns, those of others under their names.
-        beside = {
-            f"{method}.{name}": columns[method][name] for method in others for name in ("IoU", "SC")
-        }
-        return Report(
-            metrics=means[first],
-            methods=means,
-            per_class=by_class(self.info.classes, columns[first] | beside),
-            details=self._details(first)
-            | ({"methods": {m: self._details(m) for m in others}} if others else {}),
+        return report_by_method(
+            self.info.classes,
+            columns,
+            means={method: _means(of) for method, of in columns.items()},
+            details={method: self._details(method) for method in self.methods},
+            beside=("IoU", "SC"),
         )
 
     def _columns(self, method: str) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from datamodules._samples import DatasetInfo
 from surgery.metrics import MaskIoU, PointAccuracy
-from tasks.measures._measures import Measures, Report, by_class, label_masks
+from tasks.measures._measures import Measures, Report, label_masks, report_by_method
 
 
 class InteractiveMeasures(Measures):
@@ -74,22 +74,12 @@ class InteractiveMeasures(Measures):
         """Point accuracy, and mIoU of SAM's masks, with the class-wise numbers."""
         if not self.metrics:
             return Report({})
-        columns = {method: self._columns(method) for method in self.methods}
-        means = {method: self._means(method) for method in self.methods}
-        first, *others = self.methods
-        # Beside the first method's own columns, those of others under their names.
-        beside = {
-            f"{method}.{name}": columns[method][name]
-            for method in others
-            for name in ("point_accuracy", "IoU")
-            if name in columns[method]
-        }
-        return Report(
-            metrics=means[first],
-            methods=means,
-            per_class=by_class(self.info.classes, columns[first] | beside),
-            details=self._details(first)
-            | ({"methods": {m: self._details(m) for m in others}} if others else {}),
+        return report_by_method(
+            self.info.classes,
+            columns={method: self._columns(method) for method in self.methods},
+            means={method: self._means(method) for method in self.methods},
+            details={method: self._details(method) for method in self.methods},
+            beside=("point_accuracy", "IoU"),
         )
 
     def _columns(self, method: str) -> dict[str, Tensor]:

@@ -11,8 +11,9 @@ from typing import Any
 
 from datamodules._samples import DatasetInfo
 from tasks.run.errors import RunError
-from tasks.run.results import Stored, StoredImage, decode_table
+from tasks.run.results import StoredImage
 from tasks.run.shard import STATE, ShardRecord
+from tasks.run.stored import Stored, decode_table
 
 _TABLE = ".parquet"
 

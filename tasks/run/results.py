@@ -1,59 +1,21 @@
 """A task's answer for one image: a small set of typed results, and the files that each becomes.
 
 Every type says which files it is written as, what it adds to the image's json and to the shard's
-tables, and how it is read back; file names and encodings are known nowhere else.
+tables, and how it is read back; file names are known nowhere else; encodings: `tasks.run.stored`.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from datamodules._samples import VOID, DatasetInfo
-
-Files = dict[str, np.ndarray]
-"""File ending -> array: label values [H,W] (``*.png``), numbers (``*.npy``), RGB (``*.jpg``)."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """What is stored of one image: its json, the bytes of its other files, its rows in the tables."""
-
-    key: str
-    record: Mapping[str, Any]
-    files: Mapping[str, bytes]
-    rows: Mapping[str, Mapping[str, Any]]
-    info: DatasetInfo
-
-    def array(self, ending: str) -> np.ndarray:
-        """A ``*.png`` or ``*.npy`` as it was given to be written."""
-        stream = io.BytesIO(self.files[ending])
-        if ending.endswith(".npy"):
-            found: np.ndarray = np.load(stream, allow_pickle=False)
-            return found
-        with Image.open(stream, formats=("PNG",)) as image:
-            return np.asarray(image)
-
-    @property
-    def methods(self) -> list[str]:
-        """Names of the explanation methods that say something of the image."""
-        return list(self.record.get("methods", ()))
-
-    def of(self, method: str) -> Stored:
-        """What is stored of one of them, under the names that it has where there is only one."""
-        outer = {name: value for name, value in self.record.items() if name != "methods"}
-        prefix = f"{method}."
-        files = {k.removeprefix(prefix): v for k, v in self.files.items() if k.startswith(prefix)}
-        record = {**outer, **self.record["methods"][method]}
-        return replace(self, record=record, files=files)
+from tasks.run.stored import Files, Stored, encode, slug
 
 
 class Result(ABC):
@@ -478,55 +440,3 @@ KINDS: tuple[type[Result], ...] = (
     Tokens,
 )
 """All there are."""
-
-
-def slug(name: str) -> str:
-    """A class name as part of a file name.
-
-    Example:
-        >>> slug("Remote control (TV)")
-        'remote-control-tv'
-    """
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "class"
-
-
-def encode(ending: str, array: np.ndarray, palette: list[int]) -> bytes:
-    """Bytes of a file, by its ending.
-
-    Raises:
-        ValueError: an ending that nothing is known of.
-    """
-    kind = ending.rsplit(".", 1)[-1]
-    buffer = io.BytesIO()
-    if kind == "png":
-        image = Image.fromarray(array)
-        if array.dtype == np.uint8:  # 16-bit label maps have no colours
-            image.putpalette(palette)
-        # Level 1 is several times faster than the default and hardly larger on flat masks.
-        image.save(buffer, "PNG", compress_level=1)
-    elif kind == "jpg":
-        Image.fromarray(array).save(buffer, "JPEG", quality=90)
-    elif kind == "npy":
-        np.save(buffer, array, allow_pickle=False)
-    else:
-        raise ValueError(f"don't know how to write {ending!r}")
-    return buffer.getvalue()
-
-
-def encode_table(rows: list[dict[str, Any]]) -> bytes:
-    """A parquet file of rows, column -> value, all of the same columns."""
-    import pyarrow
-    from pyarrow import parquet
-
-    sink = pyarrow.BufferOutputStream()
-    parquet.write_table(pyarrow.Table.from_pylist(rows), sink, compression="zstd")
-    return sink.getvalue().to_pybytes()
-
-
-def decode_table(data: bytes) -> dict[str, dict[str, Any]]:
-    """Key -> row of a parquet file that `encode_table` made."""
-    import pyarrow
-    from pyarrow import parquet
-
-    rows = parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
-    return {row["key"]: row for row in rows}

@@ -19,7 +19,8 @@ from webdataset import TarWriter
 
 from datamodules._samples import DatasetInfo, SampleError
 from tasks.run.errors import RunError
-from tasks.run.results import ImageResult, encode_table
+from tasks.run.results import ImageResult
+from tasks.run.stored import encode_table
 
 STATE = "__shard__"
 """Folder inside an output shard for what is about the shard; webdataset passes over such names."""
@@ -193,9 +194,7 @@ class OutputShard:
         """Give the shard its final name, with its tables, metric states and record inside."""
         try:
             self._finish(safetensors.torch.save(states))
-            if (
-                self.final.is_dir()
-            ):  # a broken one that is done again; files are replaced as they are
+            if self.final.is_dir():  # a broken one, done again; files are replaced as they are
                 shutil.rmtree(self.final)
             self.partial.replace(self.final)
         except BaseException:

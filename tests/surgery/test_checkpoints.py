@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from common.errors import UserError
-from common.files import file_sha256
+from common.files import file_digest
 from surgery import load_backbone
 from surgery.checkpoints import CheckpointError, read_checkpoint
 from surgery.sources import load_tokenizer
@@ -91,7 +91,7 @@ def test_every_format(kind, half, weights, config, folder, tmp_path, reference):
     expected = reference("vit")["image_tokens_cs"][:, 1:]
     torch.testing.assert_close(tokens(backbone, reference), expected, rtol=0, atol=2e-5)
     assert backbone.checkpoint.path == str(path)
-    assert backbone.checkpoint.sha256 == file_sha256(path)
+    assert backbone.checkpoint.sha256 == file_digest(path)
 
 
 def test_archive_equals_what_torch_reads(weights, tmp_path):
