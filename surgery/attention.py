@@ -15,7 +15,7 @@ from torch import Tensor
 
 from surgery.precision import widen
 
-Pair = Literal["qk", "qq", "kk", "vv", "identity", "similarity"]
+Pair = Literal["qk", "qq", "kk", "vv", "identity", "similarity", "earlier"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Recipe:
     Attributes:
         pairs: which projections attend to which, one softmax(a . b / sqrt(d_head)) each; "identity"
             lets every token see itself only, "similarity" is made of another block's cells (see
-            `similarity_block`). No pairs: no new path, plain CLIP.
+            `similarity_block`), "earlier" of earlier attention (see `attention_blocks`). No pairs: no
+            new path, plain CLIP.
         combine: several softmaxes are averaged or summed (SCLIP's rows sum to 2).
         blocks: how many of the last blocks are reformed; None: what `load_backbone` was asked for.
         reads: the new path attends over ln_1 of the original path ("original"; dual path) or over
@@ -56,6 +57,8 @@ class Recipe:
         outliers: which cells are replaced by their neighbours' mean first, see `smoothing.outliers`.
         outlier_factor: see there.
         class_share: how much of the class token is added to each cell after the attention.
+        attention_blocks: first and past the last block, as in a slice, the sum of whose attentions is,
+            balanced, the attention "earlier" (CLIPer); see `balanced`.
         large: what stands in its place on a network of 24 blocks (ViT-L); None: it itself.
         position: how position embeddings are resized to another grid, see `towers.resize_positions`;
             "none": there are none.
@@ -82,6 +85,7 @@ class Recipe:
     outliers: Literal["density", "class"] = "density"
     outlier_factor: float = 1.5
     class_share: float = 0.3
+    attention_blocks: tuple[int, int] | None = None
     large: "Recipe | None" = None
     position: Literal["bilinear", "bicubic", "bicubic_scaled", "none"] = "bilinear"
     released_class_token: Literal["original", "new"] = "new"
@@ -150,6 +154,16 @@ RECIPES: dict[str, Recipe] = {
         summed_pairs=("similarity",),
         outliers="class",
     ),
+    # CLIPer (linsun449/cliper.code): last block by the balanced attention of all before it, neither
+    # residual nor FFN
+    "cliper": replace(
+        _LAST_BLOCK,
+        pairs=("earlier",),
+        attention_blocks=(0, -1),
+        residual=False,
+        ffn=False,
+        position="bilinear",
+    ),
     # The paper's MaskCLIP (Table 5), by comments in its code: the values of the last block, as surgery
     "maskclip_authors": replace(_SURGERY, pairs=("identity",), blocks=1),
     # Table 4, rows 2 to 5 (row 1 is "raw", row 6 "surgery"); what a row means is our reading
@@ -178,6 +192,7 @@ def attend(
     start: int = 0,
     bias: Tensor | None = None,
     temperature: Tensor | None = None,
+    earlier: Tensor | None = None,
 ) -> Tensor:
     """The new path's attention.
 
@@ -190,6 +205,7 @@ def attend(
         bias: [L, L], added to the logits.
         temperature: [B, 1, 1, 1], what unit-length logits are multiplied with; needed when
             `recipe.iterations` > 0.
+        earlier: [B, heads, L, L], `balanced` attention of earlier blocks, of the pair "earlier".
 
     Returns:
         [B, heads, L - start, d_head].
@@ -200,6 +216,10 @@ def attend(
     for pair in recipe.pairs:
         if pair == "identity":
             output = v[:, :, start:]
+        elif pair == "earlier":
+            if earlier is None:
+                raise ValueError('the pair "earlier" needs the attention of earlier blocks')
+            output = earlier[:, :, start:].to(v.dtype) @ v
         else:
             queries, keys = projections[pair[0]], projections[pair[1]]
             scale = None
@@ -272,6 +292,28 @@ def _aligned(q: Tensor, k: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
             step = (3 * one - inverse @ root) / 2
             root, inverse = root @ step, step @ inverse
         return (keys @ (turn @ inverse / size.sqrt())).to(k.dtype), centred
+
+
+def balanced(weights: Tensor, rounds: int) -> Tensor:
+    """CLIPer's attention, from the sum of that of earlier blocks, in float32.
+
+    Columns and rows are divided by their sums, in turns; R of the last round gives C = (R + R^T) / 2, of
+    which each column loses its mean, what is negative, and each row is divided by its sum.
+
+    Args:
+        weights: [B, heads, L, L].
+        rounds: as many as blocks: the released code divides in place, once more for each of the layers
+            whose tokens it makes, and the last layer's are those that count.
+
+    Returns:
+        [B, heads, L, L], rows sum to 1.
+    """
+    for _ in range(rounds):
+        weights = weights / weights.sum(dim=-2, keepdim=True)
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    found = (weights + weights.transpose(-2, -1)) / 2
+    found = (found - found.mean(dim=-2, keepdim=True)).clamp(min=0)
+    return found / found.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(found.dtype).tiny)
 
 
 def neighbour_bias(grid: tuple[int, int], std: float, device: torch.device) -> Tensor:

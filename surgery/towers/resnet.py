@@ -43,7 +43,7 @@ class ResNet(Tower):
 
     def plan(self, recipe: Recipe, blocks: int | str, released: bool) -> Plan:
         """The released code of CLIP Surgery reforms the class token too (against the paper)."""
-        if recipe.last_block_read is not None:
+        if recipe.last_block_read is not None or recipe.attention_blocks:
             raise InvalidSetting("this recipe reads blocks before the last one: a ResNet has none")
         settled = super().plan(recipe, blocks, released)
         return Plan(recipe, settled.blocks, new_class_token=released)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import InvalidSetting
-from surgery.attention import Pair, Recipe, attend, neighbour_bias
+from surgery.attention import Pair, Recipe, attend, balanced, neighbour_bias
 from surgery.precision import wide_norm, widen
 from surgery.smoothing import aggregate, attention, floor, mend, outliers, similarities
 from surgery.towers._tower import (
@@ -150,6 +150,9 @@ class _NewPath(Visitor):
         # Nobody reads the new path's class token, unless the new path attends over itself.
         self.start = 0 if plan.new_class_token or plan.recipe.reads == "itself" else 1
         self.bias: Tensor | None = None
+        blocks = plan.recipe.attention_blocks
+        self.attentions = range(first + plan.blocks)[slice(*blocks)] if blocks else range(0)
+        self.earlier: Tensor | None = None
 
     def enter(self, step: Step) -> None:
         if step.index != self.first:
@@ -164,7 +167,12 @@ class _NewPath(Visitor):
     def attend(self, step: Step) -> Tensor:
         if step.index >= self.first and not self.apart:
             self._advance(step)
-        return super().attend(step)
+        if step.index not in self.attentions:
+            return super().attend(step)
+        weights = step.weights()
+        wide = widen(weights)
+        self.earlier = wide if self.earlier is None else self.earlier + wide
+        return weights @ step.v
 
     def leave(self, step: Step) -> None:
         if step.index >= self.first and self.apart:
@@ -178,7 +186,10 @@ class _NewPath(Visitor):
             read = _norm(block.ln_1, y)
             q, k, v = _heads(block.attn, read)
         warmth = temperature(read, q.shape[-1]) if recipe.iterations else None
-        output = attend(recipe, q, k, v, start=self.start, bias=self.bias, temperature=warmth)
+        earlier = None if self.earlier is None else balanced(self.earlier, step.index + 1)
+        output = attend(
+            recipe, q, k, v, start=self.start, bias=self.bias, temperature=warmth, earlier=earlier
+        )
         if not recipe.residual:
             y = torch.zeros_like(y)
         y = _add_attention(block, y, output)

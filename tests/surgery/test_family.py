@@ -30,6 +30,7 @@ CASES = {
     "pearl_alpha03": replace(PEARL, alpha=0.3),
     "pearl_no_kk": replace(PEARL, alpha=0.0),
     "pearl_with_residual_ffn": replace(PEARL, **FULL),
+    "cliper": RECIPES["cliper"],
     "scclip": RECIPES["sc_clip"],
     "sfp": SFP,
     "sfp_lof": replace(SFP, outliers="density"),
@@ -59,6 +60,7 @@ LARGE = {
     "naclip": "naclip",
     "cliptrase": "cliptrase",
     "pearl": "pearl",
+    "cliper": "cliper",
     "sc_clip": "scclip",
     "sfp": "sfp",
 }
