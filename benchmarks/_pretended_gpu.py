@@ -80,6 +80,8 @@ class _MadeOnHost(TorchFunctionMode):
             return func(*args, **kwargs).to(device)
         if func is Tensor.to and isinstance(args[0], OnGPU) and args[1:] == (CUDA,):
             return args[0]
+        if func is Tensor.pin_memory:
+            return args[0]
         if func is Tensor.tolist and isinstance(args[0], OnGPU):
             return args[0].cpu().tolist()
         return func(*args, **kwargs)

@@ -139,6 +139,7 @@ class Backbone(nn.Module):
         self.batches = batches.Batches(static_batch, fixed=static_batch is not None)
         self.graph_batches = batches.Batches()
         self._positions: dict[Any, Tensor] = {}
+        self._colours: dict[torch.device, Tensor] = {}
         self._fingerprint, self._low_precision = Fingerprint(), LowPrecision()
         self.requires_grad_(False)
         self.eval()
@@ -223,11 +224,16 @@ class Backbone(nn.Module):
             raise InvalidSetting(
                 f"images: expected uint8 [B, 3, H, W], given {images.dtype} {list(images.shape)}"
             )
-        mean, std = (
-            torch.tensor(values, dtype=torch.float32, device=images.device).view(3, 1, 1)
-            for values in (self.mean, self.std)
-        )
-        return images.float().sub_(mean * 255).div_(std * 255)
+        if images.device not in self._colours:
+            with torch.inference_mode(False):
+                self._colours[images.device] = torch.stack(
+                    [
+                        torch.tensor(values, dtype=torch.float32, device=images.device) * 255
+                        for values in (self.mean, self.std)
+                    ]
+                )[:, :, None, None]
+        mean, std = self._colours[images.device]
+        return images.float().sub_(mean).div_(std)
 
     @property
     def device(self) -> torch.device:

@@ -106,6 +106,53 @@ def window_similarities(
     return similarities
 
 
+def best_texts(
+    scores: Sequence[Sequence[Tensor]],
+    windows: Sequence[Sequence[Window]],
+    image_sizes: Sequence[tuple[int, int]],
+    size: tuple[int, int],
+    patch_size: tuple[int, int],
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`best_text` of several images; all at once, where each was seen as a whole.
+
+    Args:
+        scores: [T, h, w] of each window of each image.
+        windows: where they are.
+        image_sizes: of what the windows were cut from.
+        size: (H, W) of the answers.
+        patch_size: of the network.
+        scale: as of `best_text`.
+
+    Returns:
+        The indices [B, H, W] int64, and, with a `scale`, the probabilities [B, H, W].
+    """
+    firsts = [of[0] for of in scores]
+    alike = all(len(of) == 1 and of[0].shape == firsts[0].shape for of in scores)
+    if len(scores) > 1 and alike and _whole(firsts[0], windows[0], image_sizes[0], patch_size):
+        with torch.autocast(firsts[0].device.type, enabled=False):
+            return _best_of_grid(torch.stack(firsts), size, scale)
+    found = [
+        best_text(*image, size, patch_size, scale=scale)
+        for image in zip(scores, windows, image_sizes, strict=True)
+    ]
+    index = torch.stack([words for words, _ in found])
+    likely = [probability for _, probability in found if probability is not None]
+    return index, torch.stack(likely) if likely else None
+
+
+def _whole(
+    scores: Tensor,
+    windows: Sequence[Window],
+    image_size: tuple[int, int],
+    patch_size: tuple[int, int],
+) -> bool:
+    """Whether one window, which its patches divide, is all of an image."""
+    covered = tuple(step * n for step, n in zip(patch_size, scores.shape[1:], strict=True))
+    return len(windows) == 1 and covered == tuple(image_size)
+
+
 def best_text(
     scores: Sequence[Tensor],
     windows: Sequence[Window],
@@ -138,11 +185,10 @@ def best_text(
     """
     if not len(scores[0]):
         raise ValueError("expected one or more texts to choose from, given none")
-    grid = scores[0].shape[1:]
-    covered = tuple(step * cells for step, cells in zip(patch_size, grid, strict=True))
-    if len(windows) == 1 and covered == image_size:
+    if _whole(scores[0], windows, image_size, patch_size):
         with torch.autocast(scores[0].device.type, enabled=False):
-            return _best_of_grid(scores[0], size, scale)
+            index, probability = _best_of_grid(scores[0][None], size, scale)
+        return index[0], None if probability is None else probability[0]
     count = len(scores[0])
     cells = max(size[0] * size[1], image_size[0] * image_size[1])
     step = max(1, _NUMBERS_AT_ONCE // cells)
@@ -164,12 +210,12 @@ def best_text(
 def _best_of_grid(
     scores: Tensor, size: tuple[int, int], scale: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """`best_text` of the window of a whole image, [T, h, w].
+    """`best_texts` of the windows of whole images, [B, T, h, w].
 
     A few rows of pixels at a time, by two products with the weights of the interpolation, texts
     last: what is compared stays in the processor's cache.
     """
-    count, height, width = len(scores), *size
+    images, count, height, width = *scores.shape[:2], *size
     down, across = (
         F.interpolate(
             torch.eye(cells, dtype=scores.dtype, device=scores.device)[None],
@@ -177,20 +223,20 @@ def _best_of_grid(
             mode="linear",
             align_corners=False,
         )[0].T
-        for cells, pixels in zip(scores.shape[1:], size, strict=True)
+        for cells, pixels in zip(scores.shape[2:], size, strict=True)
     )
-    wide = torch.einsum("xw,thw->hxt", across, scores).flatten(1)
+    wide = torch.einsum("xw,bthw->bhxt", across, scores).flatten(2)
     numbers = _NUMBERS_IN_CACHE if scores.device.type == "cpu" else _NUMBERS_AT_ONCE
-    rows = max(1, numbers // (width * count))
-    index = torch.empty(size, dtype=torch.int64, device=scores.device)
-    best = scores.new_empty(size)
+    rows = max(1, numbers // (images * width * count))
+    index = torch.empty((images, *size), dtype=torch.int64, device=scores.device)
+    best = scores.new_empty(images, *size)
     total = torch.empty_like(best)
     for start in range(0, height, rows):
         here = slice(start, start + rows)
-        part = (down[here] @ wide).unflatten(1, (width, count))
-        best[here], index[here] = part.max(dim=2)
+        part = (down[here] @ wide).unflatten(2, (width, count))
+        best[:, here], index[:, here] = part.max(dim=3)
         if scale is not None:
-            total[here] = (scale * part).logsumexp(dim=2)
+            total[:, here] = (scale * part).logsumexp(dim=3)
     return index, None if scale is None else (scale * best - total).exp()
 
 

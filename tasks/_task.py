@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -234,15 +234,22 @@ class Task(LightningModule):
         Returns:
             Name -> [T,h,w], of each image.
         """
+        return [
+            {name: of[i] for name, of in maps.items()}
+            for maps in self.explain_batches(images, methods)
+            for i in range(len(next(iter(maps.values()))))
+        ]
+
+    def explain_batches(
+        self, images: Tensor | list[Tensor], methods: Mapping[str, Mapping[str, Any]]
+    ) -> Iterator[dict[str, Tensor]]:
+        """The same, name -> [b,T,h,w], of all images at once, or of each where they differ in size."""
         assert self.texts is not None  # needs = ("classes",)
-        found: list[dict[str, Tensor]] = []
         for batch in self.pixels(images):
-            maps = {
+            yield {
                 name: explain(self.backbone, batch, self.texts, name, **options)
                 for name, options in methods.items()
             }
-            found += [{name: of[i] for name, of in maps.items()} for i in range(len(batch))]
-        return found
 
     def new_measures(self) -> Measures:
         """Empty measures of this task on this data set."""

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from common.errors import InvalidSetting
@@ -15,6 +16,7 @@ from surgery import METHODS, similarity_map
 from surgery.methods import check_methods
 from tasks._draw import heat_maps
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
+from tasks._transfer import alike, fetch, send
 from tasks.measures.explainability import ExplainabilityMeasures
 from tasks.run.results import ByMethod, Facts, ImageResult, Masks, Similarities
 
@@ -79,48 +81,78 @@ class Explainability(Task):
             "surgery_paper": {"tau": self.tau},
         }
         methods = {name: options.get(name, {}) for name in self.methods}
-        results = []
-        explained = self.explain_images(batch.images, methods)
-        for i, (sample, similarities) in enumerate(zip(batch.samples, explained, strict=True)):
-            shown = sample.positives
-            shown = tuple(range(len(self.info.classes))) if shown is None else shown
-            maps = {
-                name: self._maps(scores[list(shown)], sample.size)
-                for name, scores in similarities.items()
-            }
-            self.measures.update(maps, sample.label, shown)
-            image = batch.images[i] if sample.original is None else sample.original
-            results.append(self._result(sample.key, image, similarities, shown, maps))
-        return results
+        everything = tuple(range(len(self.info.classes)))
+        shown = [everything if s.positives is None else s.positives for s in batch.samples]
+        groups = alike(batch.samples, [len(classes) for classes in shown], self.device)
+        # Of each map that is wanted: its image in the batch and in the group, and its class.
+        pairs = [[(i, j, k) for j, i in enumerate(group) for k in shown[i]] for group in groups]
+        flat = [pair for part in pairs for pair in part]
+        rows = send(flat, self.device).view(-1, 3).split([len(part) for part in pairs])
+        explained = list(self.explain_batches(batch.images, methods))
+        maps: list[dict[str, Tensor]] = []
+        for group, wanted in zip(groups, rows, strict=True):
+            images, places, classes = wanted.unbind(1)
+            found = explained[0]
+            if len(explained) > 1:  # each image by itself, as they differ in size
+                found = {m: torch.cat([explained[i][m] for i in group]) for m in methods}
+                images = places
+            size = batch.samples[group[0]].size
+            maps.append({m: self._maps(of[images, classes], size) for m, of in found.items()})
+            labels = [s.label for i in group if (s := batch.samples[i]).label is not None]
+            self.measures.update(maps[-1], labels, places, classes)
+        return self._results(batch, shown, groups, explained, maps)
 
     def _maps(self, scores: Tensor, size: tuple[int, int]) -> Tensor:
         """Similarities [P,h,w] as maps [P,H,W]."""
         grid = (scores.shape[1], scores.shape[2])
         return similarity_map(scores.flatten(1).T[None], grid, size, order=self.order)[0]
 
-    def _result(
+    def _results(
         self,
-        key: str,
-        image: Tensor,
-        similarities: dict[str, Tensor],
-        shown: tuple[int, ...],
-        maps: dict[str, Tensor],
-    ) -> ImageResult:
-        names = [self.info.classes[index] for index in shown]
-        masks = {
-            method: Masks(names, shown, (values >= self.threshold).cpu().numpy())
-            for method, values in maps.items()
-        }
-        found = {
-            method: (masks[method], Similarities(stored(method, scores).cpu().numpy()))
-            for method, scores in similarities.items()
-        }
-        size = next(iter(maps.values())).shape[-2:]
-        facts = Facts({"threshold": self.threshold, "size": list(size)})
-        endings = masks[self.methods[0]].endings()
-        drawn = {f"{method}.": values for method, values in maps.items()}
-        draw = partial(draw_maps, image.cpu(), drawn, endings) if self.draws else None
-        return ImageResult(key, (ByMethod(found), facts), draw)
+        batch: Batch,
+        shown: Sequence[tuple[int, ...]],
+        groups: Sequence[Sequence[int]],
+        explained: Sequence[dict[str, Tensor]],
+        maps: Sequence[dict[str, Tensor]],
+    ) -> list[ImageResult]:
+        """What is said of each image.
+
+        Args:
+            batch: of the images.
+            shown: classes of each.
+            groups: which of them are in each group.
+            explained: method -> similarities [b,T,h,w], of all images in order.
+            maps: method -> maps [P,H,W] of each group, image after image.
+        """
+        above = [values >= self.threshold for part in maps for values in part.values()]
+        scores = [stored(m, values) for part in explained for m, values in part.items()]
+        arrays = iter(fetch([*above, *scores]))
+        masks: list[dict[str, Masks]] = [{} for _ in batch.samples]
+        drawn: list[dict[str, Tensor]] = [{} for _ in batch.samples]
+        for group, part in zip(groups, maps, strict=True):
+            for method, values in part.items():
+                array, end = next(arrays), 0
+                for i in group:
+                    here = slice(end, end := end + len(shown[i]))
+                    names = [self.info.classes[index] for index in shown[i]]
+                    masks[i][method] = Masks(names, shown[i], array[here])
+                    drawn[i][f"{method}."] = values[here]
+        similarities: list[dict[str, Similarities]] = []
+        for part in explained:
+            of = {method: next(arrays) for method in part}
+            count = len(of[self.methods[0]])
+            similarities += [{m: Similarities(a[i]) for m, a in of.items()} for i in range(count)]
+        results = []
+        for i, sample in enumerate(batch.samples):
+            said = {m: (masks[i][m], similarities[i][m]) for m in self.methods}
+            facts = Facts({"threshold": self.threshold, "size": list(sample.size)})
+            draw = None
+            if self.draws:
+                image = batch.images[i] if sample.original is None else sample.original
+                endings = masks[i][self.methods[0]].endings()
+                draw = partial(draw_maps, image.cpu(), drawn[i], endings)
+            results.append(ImageResult(sample.key, (ByMethod(said), facts), draw))
+        return results
 
 
 def stored(method: str, scores: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from surgery import ImageTokens, similarity
 from surgery.features import merged_predictions, prediction_surgery
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks._text_features import read_text_features
+from tasks._transfer import fetch, send
 from tasks.measures.recognition import RecognitionMeasures, other_form
 from tasks.run.results import Facts, ImageResult, Scores
 
@@ -100,10 +101,13 @@ class Recognition(Task):
         truth = torch.zeros(len(batch.samples), len(self.info.classes), dtype=torch.bool)
         for i in known:
             truth[i, list(batch.samples[i].positives or ())] = True
-        truth = truth.to(self.device)
-        labelled = {way: values[known] for way, values in scores.items()}
-        self.measures.update(labelled, truth[known])
-        written = {way: values.float().cpu().numpy() for way, values in scores.items()}
+        labelled = scores
+        if len(known) < len(truth):
+            rows = send(torch.tensor(known, dtype=torch.int64), self.device)
+            labelled = {way: values[rows] for way, values in scores.items()}
+        self.measures.update(labelled, send(truth[known], self.device))
+        arrays = fetch([values.float() for values in scores.values()])
+        written = dict(zip(scores, arrays, strict=True))
         return [
             self._result(sample.key, {way: values[i] for way, values in written.items()}, truth[i])
             for i, sample in enumerate(batch.samples)

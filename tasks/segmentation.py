@@ -10,10 +10,11 @@ from torch import Tensor
 
 from common.errors import InvalidSetting
 from datamodules._datamodule import ShardDataModule
-from datamodules._samples import Batch, DatasetInfo
-from surgery.windows import best_text, cut_windows, window_similarities
+from datamodules._samples import VOID, Batch, DatasetInfo
+from surgery.windows import best_texts, cut_windows, window_similarities
 from tasks._draw import label_figure
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
+from tasks._transfer import alike, fetch
 from tasks.measures.segmentation import SegmentationMeasures
 from tasks.run.results import Facts, ImageResult, LabelMap
 
@@ -130,22 +131,35 @@ class Segmentation(Task):
         windows = [cut_windows(size, window, stride) for size in sizes]
         scores = window_similarities(self.backbone, images, windows, self.texts.features)
         scale = None if self.prob_thd is None else self.logit_scale
-        results = []
-        for i, sample in enumerate(batch.samples):
-            word, probability = best_text(
-                scores[i], windows[i], sizes[i], sample.size, self.backbone.patch_size, scale=scale
+        samples, groups = batch.samples, alike(batch.samples, [1] * len(images), self.device)
+        found: list[Tensor] = []
+        for group in groups:
+            word, probability = best_texts(
+                [scores[i] for i in group],
+                [windows[i] for i in group],
+                [sizes[i] for i in group],
+                samples[group[0]].size,
+                self.backbone.patch_size,
+                scale=scale,
             )
             predicted = self.values[word]
             if probability is not None and self.prob_thd is not None:
                 predicted = predicted.where(probability >= self.prob_thd, 0)
-            self.measures.update(predicted, sample.label, sample.positives or ())
-            results.append(self._result(sample.key, images[i], predicted, len(windows[i])))
-        return results
+            labels = [s.label for i in group if (s := samples[i]).label is not None]
+            self.measures.update(predicted, labels, [samples[i].positives or () for i in group])
+            # As narrow as their values, before they leave the device; torch has few 16-bit integers.
+            found.append(predicted.to(torch.uint8 if self.info.void == VOID else torch.int16))
+        maps: dict[int, np.ndarray] = {}
+        for group, arrays in zip(groups, fetch(found), strict=True):
+            maps |= dict(zip(group, arrays.view(self.info.label_type), strict=True))
+        return [
+            self._result(sample.key, images[i], maps[i], len(windows[i]))
+            for i, sample in enumerate(samples)
+        ]
 
-    def _result(self, key: str, image: Tensor, predicted: Tensor, windows: int) -> ImageResult:
-        shares = torch.bincount(predicted.flatten()).cpu().double() / predicted.numel()
+    def _result(self, key: str, image: Tensor, labels: np.ndarray, windows: int) -> ImageResult:
+        shares = np.bincount(labels.ravel()) / labels.size
         names = {self.info.label_value(i): name for i, name in enumerate(self.info.classes)}
-        labels = predicted.cpu().numpy().astype(self.info.label_type)
         found = {
             names.get(value, "background"): round(share, 6)
             for value, share in enumerate(shares.tolist())

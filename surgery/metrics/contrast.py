@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from surgery.metrics._counts import add_rows
+
 
 class MeanScoreContrast(Metric):
     """Mean score contrast (mSC, Eq. 12 of the paper).
@@ -40,13 +42,13 @@ class MeanScoreContrast(Metric):
         self.add_state("images", torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, maps: Tensor, foreground: Tensor, valid: Tensor, classes: Tensor) -> None:
-        """Add the maps of one image.
+        """Add maps of one or more images of a size.
 
         Args:
             maps: [P,H,W] in [0, 1], one a positive label.
             foreground: bool [P,H,W].
             valid: bool [H,W] or [P,H,W]; pixels that count as foreground or background.
-            classes: [P] class indices, all different.
+            classes: [P] class indices.
         """
         inside = foreground & valid
         inside_count = inside.sum((1, 2), dtype=torch.int32)
@@ -55,10 +57,9 @@ class MeanScoreContrast(Metric):
         outside_sum = (maps * valid).sum((1, 2), dtype=torch.float64) - inside_sum
         usable = (inside_count > 0) & (outside_count > 0)
         difference = inside_sum / inside_count - outside_sum / outside_count
-        zero, classes = torch.zeros_like(difference), classes.long()
-        # One entry a class at most, so plain indexing adds deterministically.
-        self.contrast[classes] += torch.where(usable, difference, zero).to(self.contrast.device)
-        self.images[classes] += usable.to(self.images)
+        classes = classes.long()
+        add_rows(self.contrast, classes, torch.where(usable, difference, 0.0))
+        add_rows(self.images, classes, usable.long())
 
     def per_class(self) -> Tensor:
         """[K] contrast of each class, NaN where no image has it."""

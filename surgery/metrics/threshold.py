@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from surgery.metrics._counts import count_codes
+from surgery.metrics._counts import add_rows, count_codes
 
 
 class ThresholdIoU(Metric):
@@ -51,13 +51,13 @@ class ThresholdIoU(Metric):
         self.add_state("images", counts[:, 0].clone(), dist_reduce_fx="sum")
 
     def update(self, maps: Tensor, foreground: Tensor, valid: Tensor, classes: Tensor) -> None:
-        """Add the maps of one image.
+        """Add maps of one or more images of a size.
 
         Args:
             maps: [P,H,W] in [0, 1], one a positive label.
             foreground: bool [P,H,W].
             valid: bool [H,W] or [P,H,W]; pixels that count as foreground or background.
-            classes: [P] class indices, all different.
+            classes: [P] class indices.
         """
         count, classes = len(maps), classes.long()
         # Bin b holds the values that are >= threshold b and < threshold b + 1.
@@ -67,12 +67,11 @@ class ThresholdIoU(Metric):
         rows = torch.arange(count, dtype=torch.int32, device=maps.device)
         codes += rows.view(-1, 1, 1) * 2 * bins
         histogram = count_codes(codes, valid, count * 2 * bins)
-        histogram = histogram.view(count, 2, bins).to(self.inside.device)
-        outside, inside = histogram[:, 0], histogram[:, 1]
-        self.inside[classes] += inside
-        self.outside[classes] += outside
-        self.image_iou[classes] += _iou(inside, outside).nan_to_num(0.0)
-        self.images[classes] += 1
+        outside, inside = histogram.view(count, 2, bins).unbind(1)
+        add_rows(self.inside, classes, inside)
+        add_rows(self.outside, classes, outside)
+        add_rows(self.image_iou, classes, _iou(inside, outside).nan_to_num(0.0))
+        add_rows(self.images, classes, torch.ones_like(classes))
 
     def per_class(self) -> Tensor:
         """[K] IoU of each class at the best threshold, NaN where no image has it."""

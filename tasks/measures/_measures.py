@@ -119,24 +119,33 @@ class Measures:
 
 
 def label_masks(
-    label: Tensor, positives: tuple[int, ...], info: DatasetInfo, *, void: str = "ignore"
+    label: Tensor,
+    positives: Sequence[int] | Tensor,
+    info: DatasetInfo,
+    *,
+    void: str = "ignore",
+    images: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Foreground of each positive label, and which pixels count at all.
 
     Args:
-        label: label map [H,W], or masks [P,H,W] in the order of ``positives``.
+        label: label map [H,W], or masks [P,H,W] in the order of ``positives``; or label maps [G,H,W]
+            of several images.
         positives: [P] class indices.
         info: the data set that the label values belong to.
         void: ``ignore`` leaves void pixels out, ``background`` counts them as background.
+        images: of several label maps: int64 [P], that of each positive label.
 
     Returns:
         foreground bool [P,H,W], valid bool broadcastable to it.
     """
-    if label.ndim == 3:
+    if images is not None:
+        label = label[images]
+    elif label.ndim == 3:
         foreground, empty = label == 1, VOID
-    else:
+    if images is not None or label.ndim == 2:
         empty = info.void
-        values = torch.tensor([info.label_value(i) for i in positives], device=label.device)
+        values = torch.as_tensor(positives, device=label.device) + info.label_value(0)
         foreground = label == values.view(-1, 1, 1)
     valid = label != empty if void == "ignore" else torch.ones_like(label, dtype=torch.bool)
     return foreground, valid

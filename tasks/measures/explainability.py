@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,22 +46,33 @@ class ExplainabilityMeasures(Measures):
         )
 
     def update(
-        self, maps: dict[str, Tensor], label: Tensor | None, classes: tuple[int, ...]
+        self, maps: Mapping[str, Tensor], labels: Sequence[Tensor], images: Tensor, classes: Tensor
     ) -> None:
-        """Add an image.
+        """Add images of one size.
 
         Args:
-            maps: method -> maps [P,H,W] in [0, 1].
-            label: the truth, see `label_masks`; without one, nothing is counted.
-            classes: [P] class indices.
+            maps: method -> maps [P,H,W] in [0, 1], of all positive labels, image after image.
+            labels: the truth of each image, label maps or masks, see `label_masks`; without any,
+                nothing is counted.
+            images: int64 [P], place of each positive label's image among them.
+            classes: int64 [P].
         """
-        if label is None or not self.metrics or not classes:
+        if not labels or not self.metrics or not len(classes):
             return
-        foreground, valid = label_masks(label, classes, self.info, void=self.void)
+        label = labels[0]
+        several = len(labels) > 1
+        if several:
+            label = torch.cat([*labels]) if label.ndim == 3 else torch.stack([*labels])
+        foreground, valid = label_masks(
+            label,
+            classes,
+            self.info,
+            void=self.void,
+            images=images if several and labels[0].ndim == 2 else None,
+        )
         for method, values in maps.items():
-            indices = torch.tensor(classes, device=values.device)
-            self.contrast[method].update(values, foreground, valid, indices)
-            self.iou[method].update(values, foreground, valid, indices)
+            self.contrast[method].update(values, foreground, valid, classes)
+            self.iou[method].update(values, foreground, valid, classes)
 
     def report(self) -> Report:
         """mIoU at the best threshold and mSC, with the class-wise numbers."""

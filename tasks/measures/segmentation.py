@@ -30,18 +30,27 @@ class SegmentationMeasures(Measures):
         self.confusion = Confusion(len(info.classes) + self.background_is_a_class)
         super().__init__({"confusion": self.confusion} if info.labels == "mask" else {})
 
-    def update(self, predicted: Tensor, label: Tensor | None, positives: tuple[int, ...]) -> None:
-        """Add an image.
+    def update(
+        self, predicted: Tensor, labels: Sequence[Tensor], positives: Sequence[tuple[int, ...]]
+    ) -> None:
+        """Add G images of one size.
 
         Args:
-            predicted: label values int64 [H,W].
-            label: the truth, see `truth_map`; without one, nothing is counted.
-            positives: [P] class indices.
+            predicted: label values int64 [G,H,W].
+            labels: the truth of each, see `truth_map`; without any, nothing is counted.
+            positives: class indices of each.
         """
-        if label is None or not self.metrics:
+        if not labels or not self.metrics:
             return
         first = 0 if self.background_is_a_class else self.info.label_value(0)
-        self.confusion.update(predicted - first, truth_map(label, positives, self.info) - first)
+        if labels[0].ndim == 2:
+            truth = truth_map(torch.stack([*labels]), (), self.info)
+        else:
+            pairs = zip(labels, positives, strict=True)
+            truth = torch.stack(
+                [truth_map(label, of, self.info, masks=True) for label, of in pairs]
+            )
+        self.confusion.update(predicted - first, truth - first)
 
     def report(self) -> Report:
         """mIoU and pixel accuracy of the whole data set, and each class's numbers."""
@@ -66,16 +75,20 @@ class SegmentationMeasures(Measures):
         )
 
 
-def truth_map(label: Tensor, positives: tuple[int, ...], info: DatasetInfo) -> Tensor:
+def truth_map(
+    label: Tensor, positives: tuple[int, ...], info: DatasetInfo, *, masks: bool = False
+) -> Tensor:
     """Label values int64 [H,W] of a truth, -1 where void.
 
     Args:
-        label: label map [H,W], or masks [P,H,W] in the order of ``positives``. Of masks, pixels that
-            several claim are void, and those that none claims and none calls void are background.
-        positives: [P] class indices.
+        label: label map [H,W], or several [G,H,W]; or masks [P,H,W] in the order of ``positives``. Of
+            masks, pixels that several claim are void, and those that none claims and none calls void
+            are background.
+        positives: [P] class indices of masks.
         info: the data set that the label values belong to.
+        masks: whether they are masks.
     """
-    if label.ndim == 2:
+    if not masks:
         truth = label.long()
         return truth.where(truth != info.void, -1)
     truth = torch.full(label.shape[1:], 0 if info.zero_is_background else -1, device=label.device)

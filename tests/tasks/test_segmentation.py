@@ -172,9 +172,9 @@ def test_the_best_synonym_counts():
 def test_one_mask_a_class_becomes_a_map():
     info = DatasetInfo(name="x", classes=("a", "b", "c"))
     masks = torch.tensor([[[1, 1, 0, 255, 0]], [[0, 1, 1, 0, 0]]], dtype=torch.uint8)
-    assert truth_map(masks, (0, 2), info).tolist() == [[1, -1, 3, -1, 0]]
+    assert truth_map(masks, (0, 2), info, masks=True).tolist() == [[1, -1, 3, -1, 0]]
     empty = torch.zeros(0, 1, 2, dtype=torch.uint8)
-    assert truth_map(empty, (), info).tolist() == [[0, 0]]
+    assert truth_map(empty, (), info, masks=True).tolist() == [[0, 0]]
     label = torch.tensor([[0, 3, 255]], dtype=torch.uint8)
     assert truth_map(label, (), info).tolist() == [[0, 3, -1]]
 

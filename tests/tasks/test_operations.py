@@ -1,0 +1,64 @@
+"""What a GPU would be asked to do: how often, and that it is the same as on a CPU."""
+
+import pytest
+import torch
+
+from benchmarks._pretended_gpu import CUDA, PretendedGPU
+from benchmarks.operations import GOALS, MOST_WAITS, count, make_task, random_batch
+from datamodules._samples import Batch
+
+
+@pytest.mark.parametrize("name", GOALS)
+def test_a_batch_is_few_operations_and_fewer_waits(name):
+    found = count(name, 32)
+    assert found.an_image <= GOALS[name], found.operations
+    assert found.waits.total() <= MOST_WAITS, found.waits
+
+
+def as_masks(batch: Batch) -> Batch:
+    """The same truth as masks, one a positive label; of one image, nothing is known."""
+    samples = [
+        s._replace(label=torch.stack([(s.label == i + 1).byte() for i in s.positives]))
+        for s in batch.samples
+    ]
+    samples[1] = samples[1]._replace(label=None, positives=None)
+    return Batch.collate(batch.shard, 0, len(samples), samples, [])
+
+
+@pytest.mark.parametrize("masks", [False, True], ids=["label map", "masks"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("Explainability", {"methods": ["surgery", "clip"]}),
+        ("Segmentation", {"prob_thd": 0.11}),
+        ("Segmentation", {"window": 16}),
+        ("Recognition", {}),
+    ],
+)
+def test_a_gpu_would_find_what_a_cpu_does(name, settings, masks, tmp_path):
+    task = make_task(name, tmp_path, **settings)
+    batch = random_batch(task, 32)
+    batch = as_masks(batch) if masks else batch
+    reports, records = [], []
+    with torch.no_grad():
+        records.append([result.record() for result in task.predict_step(batch)])
+        reports.append(task.measures.report())
+        task.measures = task.new_measures()
+        with PretendedGPU() as gpu:
+            gpu.put(task)
+            task._device = CUDA
+            task.on_predict_start()
+            results = task.predict_step(batch.to(CUDA))
+            records.append([result.record() for result in results])
+            states = task.measures.pop()
+    task.measures = task.new_measures()
+    task.measures.merge(states)
+    reports.append(task.measures.report())
+    there, here = reports
+    assert here.metrics == pytest.approx(there.metrics, abs=1e-4)
+    assert here.per_class == {
+        k: pytest.approx(v, abs=1e-3, nan_ok=True) for k, v in there.per_class.items()
+    }
+    assert [list(record) for record in records[1]] == [list(record) for record in records[0]]
+    if name == "Explainability":
+        assert records[1] == records[0]
