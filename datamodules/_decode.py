@@ -162,7 +162,7 @@ class Decoder:
 
 
 def reason_of(error: Exception) -> str:
-    """What is listed of an error that a stranger's bytes made."""
+    """What is listed of an error that untrusted bytes made."""
     return str(error) if isinstance(error, BadSample | BadPicture) else said_by(error)
 
 

@@ -75,7 +75,7 @@ class ShardStream(IterableDataset[Batch]):
         for entry in entries[start : start + self.batch_size]:
             try:
                 samples.append(self.decoder(entry))
-            except Exception as error:  # a stranger's bytes may break any decoder in any way
+            except Exception as error:  # untrusted bytes may break any decoder in any way
                 errors.append(SampleError(name, entry.key, reason_of(error)))
         return Batch.collate(name, start, len(entries), samples, errors)
 

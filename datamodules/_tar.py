@@ -86,7 +86,7 @@ def index_shard(path: str | Path, name: str = "") -> list[Entry]:
         raise ShardError(f"{name} does not exist") from None
     except ShardError as error:
         raise ShardError(f"{name} {error}") from None
-    except Exception as error:  # a stranger's headers may break tarfile in any way
+    except Exception as error:  # untrusted headers may break tarfile in any way
         raise ShardError(f"{name} is not a readable tar: {said_by(error)}") from None
     return entries
 
@@ -223,7 +223,7 @@ def read_member(span: Span, limit: int) -> bytes:
 
 
 def readable(text: str) -> str:
-    """A stranger's text as one that can be stored: UTF-8, of a bounded length."""
+    """An untrusted text as one that can be stored: UTF-8, of a bounded length."""
     return text[: 2 * MAX_KEY].encode("utf-8", "backslashreplace").decode()
 
 

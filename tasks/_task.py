@@ -103,12 +103,12 @@ class Task(LightningModule):
     @property
     def datamodule(self) -> ShardDataModule:
         """Where the batches come from."""
-        found = getattr(self.trainer, "datamodule", None)
-        if not isinstance(found, ShardDataModule):
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if not isinstance(datamodule, ShardDataModule):
             raise TypeError(
                 "predict needs one of the project's DataModules: pass datamodule=VOC(...)"
             )
-        return found
+        return datamodule
 
     @property
     def info(self) -> DatasetInfo:
@@ -120,8 +120,8 @@ class Task(LightningModule):
         self.check_data(self.datamodule)
         if self.text_features:  # before the weights: a file that doesn't fit is refused at once
             aliases = dict(zip(self.info.prompts, self.info.classes, strict=True))
-            found = read_text_features(self.text_features, self.words(self.info), aliases)
-            self.texts = Texts(found)
+            features = read_text_features(self.text_features, self.words(self.info), aliases)
+            self.texts = Texts(features)
         options = asdict(self.config)
         compiled = options.pop("compile")
         batch = self.datamodule.batch_size if compiled else None
@@ -142,7 +142,7 @@ class Task(LightningModule):
         Raises:
             InvalidSetting: says what is missing, and what fits; or that compiling doesn't.
         """
-        if self.config.compile and not self.sees_one_size(datamodule):
+        if self.config.compile and not self.has_one_image_size(datamodule):
             raise InvalidSetting(
                 "--model.backbone.compile is for images of one size: leave --data.resize at squash, or "
                 "give Segmentation a --model.window"
@@ -158,7 +158,7 @@ class Task(LightningModule):
                 f"Data sets that fit {task}: {', '.join(fitting_datasets(self.needs))}"
             )
 
-    def sees_one_size(self, datamodule: ShardDataModule) -> bool:
+    def has_one_image_size(self, datamodule: ShardDataModule) -> bool:
         """Whether all that the backbone is given has one size, in pixels."""
         return datamodule.resize == "squash"
 
@@ -213,10 +213,10 @@ class Task(LightningModule):
 
     def encode_images(self, images: Tensor | list[Tensor]) -> list[ImageTokens]:
         """Tokens of each of B images (of 1 each), which may differ in size."""
-        found = [self.backbone.encode_image(batch) for batch in self.pixels(images)]
+        encoded = [self.backbone.encode_image(batch) for batch in self.pixels(images)]
         return [
             ImageTokens(class_token, patch_tokens, tokens.grid)
-            for tokens in found
+            for tokens in encoded
             for class_token, patch_tokens in zip(
                 tokens.class_token.split(1), tokens.patch_tokens.split(1), strict=True
             )
@@ -274,11 +274,11 @@ def offers(info: DatasetInfo) -> frozenset[str]:
 
 def fitting_tasks(has: frozenset[str]) -> list[str]:
     """Tasks that need nothing but what a data set has."""
-    found = (getattr(import_module(f"tasks.{module}"), cls) for module, cls in TASKS.items())
-    return sorted(task.__name__ for task in found if has.issuperset(task.needs))
+    classes = (getattr(import_module(f"tasks.{module}"), cls) for module, cls in TASKS.items())
+    return sorted(task.__name__ for task in classes if has.issuperset(task.needs))
 
 
 def fitting_datasets(needs: tuple[str, ...]) -> list[str]:
     """DataModules that have all that a task needs."""
-    found = (getattr(datamodules, cls) for cls in DATASETS.values())
-    return sorted(cls.__name__ for cls in found if offers(cls.info).issuperset(needs))
+    classes = (getattr(datamodules, cls) for cls in DATASETS.values())
+    return sorted(cls.__name__ for cls in classes if offers(cls.info).issuperset(needs))

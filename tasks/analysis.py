@@ -120,27 +120,27 @@ class Analysis(Task):
         label: Tensor | None,
         size: tuple[int, int],
     ) -> ImageResult:
-        """What is found in an image uint8 [3,S,S'] of size (H, W) with these labels."""
+        """What is measured on an image uint8 [3,S,S'] of size (H, W) with these labels."""
         names = [self.info.classes[index] for index in positives]
         if not positives:
             return ImageResult(key, (Facts({"classes": {}}),))
         pixels = self.backbone.preprocess(image[None])
         inside = look_inside(self.backbone, pixels) if self.backbone.tower.has_modules else None
-        found = self._similarities(pixels, inside, positives)
+        cosines = self._similarities(pixels, inside, positives)
         values: dict[str, Tensor] = {}
         drawn: list[partial[Files]] = []
         endings = [f"{i:03d}-{slug(name)}.jpg" for i, name in zip(positives, names, strict=True)]
         if self.selection and inside is not None and label is not None:
             foreground, _ = label_masks(label, positives, self.info)
-            values["selection"], queries = _selection(inside, found, foreground)
+            values["selection"], queries = _selection(inside, cosines, foreground)
             rows = torch.stack(
                 [inside.attention[k][0, 1 + queries[k], 1:] for k in ATTENTIONS], dim=1
             )
-            drawn.append(partial(draw_rows, rows=rows, queries=queries, grid=found.grid))
+            drawn.append(partial(draw_rows, rows=rows, queries=queries, grid=cosines.grid))
         if self.affinity and inside is not None:
             values |= self._affinity(inside, positives)
         if self.redundancy:
-            values["redundancy"], maps = _redundancy(found, size)
+            values["redundancy"], maps = _redundancy(cosines, size)
             drawn.append(partial(draw_maps, maps=maps))
         self.measures.update(values, positives)
 
@@ -184,16 +184,16 @@ class Analysis(Task):
 
 
 def _selection(
-    inside: Inside, found: Cosines, foreground: Tensor
+    inside: Inside, cosines: Cosines, foreground: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """FSR [P, 4] in the order of ``SELECTIONS``, and which patch asks [P] for each attention.
 
     foreground: bool [P,H,W]. Void pixels are not of the object, as Eq. 4 has it.
     """
-    shares = cells(foreground, found.grid)
+    shares = cells(foreground, cosines.grid)
     queries = {
-        "raw": strongest(found.plain[:, :-1]),
-        "consistent": strongest(found.architecture[:, :-1]),
+        "raw": strongest(cosines.plain[:, :-1]),
+        "consistent": strongest(cosines.architecture[:, :-1]),
     }
     weights = {kind: inside.attention[kind][0] for kind in ATTENTIONS}
     values = [foreground_selection(weights[kind], queries[kind], shares) for kind in ATTENTIONS]
@@ -201,11 +201,11 @@ def _selection(
     return torch.stack([*values, shares.mean(dim=1)], dim=1), queries
 
 
-def _redundancy(found: Cosines, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _redundancy(cosines: Cosines, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """[P, 2, 4] by ``STAGES`` and ``DISTANCES``; maps [2, P + 1, H, W], the empty text's last."""
     rows, maps = [], []
-    for scores in (found.plain, found.architecture):
-        enlarged_maps = similarity_map(scores[None], found.grid, size)[0]
+    for scores in (cosines.plain, cosines.architecture):
+        enlarged_maps = similarity_map(scores[None], cosines.grid, size)[0]
         distance = map_distance(enlarged_maps[:-1], enlarged_maps[-1])
         rows.append(torch.cat([distance, map_likeness(scores[:, :-1], scores[:, -1])], dim=1))
         maps.append(enlarged_maps)

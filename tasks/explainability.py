@@ -92,12 +92,14 @@ class Explainability(Task):
         maps: list[dict[str, Tensor]] = []
         for group, wanted in zip(groups, rows, strict=True):
             images, places, classes = wanted.unbind(1)
-            found = explained[0]
+            similarities = explained[0]
             if len(explained) > 1:  # each image by itself, as they differ in size
-                found = {m: torch.cat([explained[i][m] for i in group]) for m in methods}
+                similarities = {m: torch.cat([explained[i][m] for i in group]) for m in methods}
                 images = places
             size = batch.samples[group[0]].size
-            maps.append({m: self._maps(of[images, classes], size) for m, of in found.items()})
+            maps.append(
+                {m: self._maps(of[images, classes], size) for m, of in similarities.items()}
+            )
             labels = [s.label for i in group if (s := batch.samples[i]).label is not None]
             self.measures.update(maps[-1], labels, places, classes)
         return self._results(batch, shown, groups, explained, maps)

@@ -129,15 +129,15 @@ class Interactive(Task):
             }
             # At once, so that SAM looks at the image once.
             masks = iter(self._masks(sample.original, [p for of in prompts.values() for p in of]))
-            found = {method: list(islice(masks, len(of))) for method, of in prompts.items()}
-            masked = {method: [mask for mask, _ in of] for method, of in found.items()}
+            scored = {method: list(islice(masks, len(of))) for method, of in prompts.items()}
+            masked = {method: [mask for mask, _ in of] for method, of in scored.items()}
             measured = similarities if self.measures.metrics else {}
             others = {
                 method: [self.points(scores, index, size, self.measures.other) for index in shown]
                 for method, scores in measured.items()
             }
             self.measures.update(prompts, masked, others, sample.label, shown)
-            points = {m: self._points(size, shown, prompts[m], found[m]) for m in self.methods}
+            points = {m: self._points(size, shown, prompts[m], scored[m]) for m in self.methods}
             image = batch.images[i] if sample.original is None else sample.original
             draw = partial(draw_points, image.cpu(), points, shown) if self.draws else None
             said = ByMethod({method: (of,) for method, of in points.items()})
@@ -200,11 +200,11 @@ class Interactive(Task):
 
 
 def draw_points(
-    image: Tensor, found: dict[str, Points], numbers: Sequence[int]
+    image: Tensor, by_method: dict[str, Points], numbers: Sequence[int]
 ) -> dict[str, np.ndarray]:
     """Each method's points of each text on the image, with its mask if there is one."""
     pictures = {}
-    for method, points in found.items():
+    for method, points in by_method.items():
         for i, (name, number) in enumerate(zip(points.points, numbers, strict=True)):
             mask = points.masks.masks[i] if points.masks else None
             pictures[f"{method}.points.{number:03d}-{slug(name)}.jpg"] = point_figure(

@@ -63,7 +63,7 @@ class Multimodal(Task):
             scores = token_similarity(tokens.class_token, words[None])[0]
             order = rank_tokens(scores)
             self.measures.update(ids[order.cpu()], self.backbone.model.vocab_size)
-            found = self._similarity(tokens, words[order[:1]])[0, :, 0]
+            best_map = self._similarity(tokens, words[order[:1]])[0, :, 0]
             said = Tokens(
                 caption=captions[i],
                 truncated=texts.truncated[i],
@@ -75,12 +75,12 @@ class Multimodal(Task):
                 said,
                 Facts({"size": list(sample.size)}),
                 Similarities(
-                    found.unflatten(0, tokens.grid).half().cpu().numpy()[None], single=True
+                    best_map.unflatten(0, tokens.grid).half().cpu().numpy()[None], single=True
                 ),
             )
             draw = None
             if self.draws:
-                values = similarity_map(found[None, :, None], tokens.grid, sample.size)[0, 0]
+                values = similarity_map(best_map[None, :, None], tokens.grid, sample.size)[0, 0]
                 best = order[:TOP].tolist()
                 draw = partial(
                     draw_figure, batch.images[i].cpu(), values.cpu(), list(said.tokens), best

@@ -122,9 +122,9 @@ class Recognition(Task):
         super().configure_texts()
         if self.local_text_features:
             aliases = dict(zip(self.info.prompts, self.info.classes, strict=True))
-            found = read_text_features(self.local_text_features, self.words(self.info), aliases)
-            self.check_features(self.local_text_features, found)
-            self.local_text = found
+            features = read_text_features(self.local_text_features, self.words(self.info), aliases)
+            self.check_features(self.local_text_features, features)
+            self.local_text = features
 
     def predictions(self, tokens: list[ImageTokens]) -> Tensor:
         """What is ranked, [B,K]: cosines with the class token, or TaI-DPT's merged predictions."""

@@ -117,9 +117,9 @@ class Segmentation(Task):
         values = [value for value, group in self.wording(self.info) for _ in group]
         self.values = torch.tensor(values)
 
-    def sees_one_size(self, datamodule: ShardDataModule) -> bool:
+    def has_one_image_size(self, datamodule: ShardDataModule) -> bool:
         """Windows have one size whatever the images have."""
-        return bool(self.tile or self.window) or super().sees_one_size(datamodule)
+        return bool(self.tile or self.window) or super().has_one_image_size(datamodule)
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
         """The label map of each image, at its original size."""
@@ -160,12 +160,12 @@ class Segmentation(Task):
     def _result(self, key: str, image: Tensor, labels: np.ndarray, windows: int) -> ImageResult:
         shares = np.bincount(labels.ravel()) / labels.size
         names = {self.info.label_value(i): name for i, name in enumerate(self.info.classes)}
-        found = {
+        named = {
             names.get(value, "background"): round(share, 6)
             for value, share in enumerate(shares.tolist())
             if share
         }
-        results = (LabelMap(labels, found), Facts({"views": windows}))
+        results = (LabelMap(labels, named), Facts({"views": windows}))
         draw = partial(draw_labels, image.cpu(), labels, self.info) if self.draws else None
         return ImageResult(key, results, draw)
 

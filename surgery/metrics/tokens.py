@@ -51,7 +51,7 @@ class TokenRanks(Metric):
         row = self.counts[token] if token < len(self.counts) else torch.zeros_like(self.counts[0])
         return row.double() / self.texts
 
-    def seen(self) -> list[tuple[int, tuple[int, ...]]]:
+    def counted(self) -> list[tuple[int, tuple[int, ...]]]:
         """(token, its count at each rank) of the tokens that have any, the most frequent first."""
         found = self.counts.any(dim=1).nonzero()[:, 0].tolist()
         rows = [(int(token), tuple(self.counts[token].tolist())) for token in found]

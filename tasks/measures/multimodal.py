@@ -44,7 +44,7 @@ class MultimodalMeasures(Measures):
         special = {start: START, end: END}
         rows: list[tuple[Cell, ...]] = [
             (special.get(token) or piece(tokenizer, token), *counts)
-            for token, counts in self.ranks.seen()
+            for token, counts in self.ranks.counted()
         ]
         shares = zip(RANKS, self.ranks.share(end).tolist(), strict=True)
         return Report(

@@ -74,8 +74,8 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """Every setting that can change a result: of the task, the data and the writer."""
-        found: dict[str, Any] = self.described["identity"]
-        return found
+        identity: dict[str, Any] = self.described["identity"]
+        return identity
 
     @property
     def info(self) -> DatasetInfo:
@@ -100,10 +100,10 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """What ``metrics.json`` holds."""
         path = self.folder / "metrics.json"
-        found = _read_json(path, f"`lightning metrics {self.folder}` makes it anew")
-        if not isinstance(found, dict) or "metrics" not in found:
+        summary = _read_json(path, f"`lightning metrics {self.folder}` makes it anew")
+        if not isinstance(summary, dict) or "metrics" not in summary:
             raise RunError(f"{path} is no summary: `lightning metrics {self.folder}` makes it anew")
-        return found
+        return summary
 
     @property
     def metrics(self) -> dict[str, float | None]:
@@ -186,7 +186,7 @@ class Run:
             The run, with ``finished`` filled in. `close` leaves the folder to others.
 
         Raises:
-            RunError: the folder is a stranger's, in use, or another run's.
+            RunError: the folder holds other things, is in use, or another run's.
         """
         run = cls(folder, described)
         run._overwrite = overwrite
@@ -195,7 +195,7 @@ class Run:
         ):
             raise RunError(f"{file} is a file, no folder: choose another --writer.output")
         if folder.exists() and not (folder / MARKER).exists() and not (folder / _ASIDE).exists():
-            _refuse_strangers(folder)
+            _refuse_other_files(folder)
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -272,10 +272,10 @@ class Run:
             The report, and what each shard says of itself, or why it is missing.
         """
         measures = measures or self.measures()
-        found = merge_shards(self.folder, self.shards, measures, elsewhere or {})
+        outcomes = merge_shards(self.folder, self.shards, measures, elsewhere or {})
         report = measures.report()
-        write_summary(self.folder, report, found, len(self.shards))
-        return report, found
+        write_summary(self.folder, report, outcomes, len(self.shards))
+        return report, outcomes
 
     def _find_finished(self, mine: Collection[str]) -> list[str]:
         """Shards with results; those of ours that are broken are done again."""
@@ -322,11 +322,11 @@ def _read_marker(folder: Path) -> dict[str, Any]:
     path = folder / MARKER
     if not path.exists():
         raise RunError(f"{folder} is not a run's folder: it has no {MARKER}")
-    found = _read_json(path, _ANEW)
+    described = _read_json(path, _ANEW)
     keys = ("identity", "shards", "info")
-    if not isinstance(found, dict) or any(key not in found for key in keys):
+    if not isinstance(described, dict) or any(key not in described for key in keys):
         raise RunError(f"{path} does not describe a run: {_ANEW}")
-    return found
+    return described
 
 
 def _read_json(path: Path, hint: str) -> Any:
@@ -338,7 +338,7 @@ def _read_json(path: Path, hint: str) -> Any:
         raise RunError(f"{path} can't be read ({error}): {hint}") from None
 
 
-def _refuse_strangers(folder: Path) -> None:
+def _refuse_other_files(folder: Path) -> None:
     ours = (".job-", _GONE)
     for path in folder.iterdir():
         if not path.name.endswith(".partial") and not path.name.startswith(ours):

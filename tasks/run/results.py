@@ -95,8 +95,8 @@ class StoredImage:
     @property
     def results(self) -> tuple[Result, ...]:
         """All results."""
-        found = (kind.read(self.stored) for kind in KINDS)
-        return tuple(result for result in found if result is not None)
+        results = (kind.read(self.stored) for kind in KINDS)
+        return tuple(result for result in results if result is not None)
 
     @property
     def methods(self) -> list[str]:
@@ -113,11 +113,11 @@ class StoredImage:
         Raises:
             KeyError: no such method.
         """
-        found = kind.read(self.stored) if method is None else None
-        if found is None and self.methods:
-            found = kind.read(self.stored.of(method or self.methods[0]))
-        assert found is None or isinstance(found, kind)
-        return found
+        result = kind.read(self.stored) if method is None else None
+        if result is None and self.methods:
+            result = kind.read(self.stored.of(method or self.methods[0]))
+        assert result is None or isinstance(result, kind)
+        return result
 
     @property
     def pictures(self) -> dict[str, bytes]:
@@ -422,11 +422,11 @@ class ByMethod(Result):
         """All results of all methods."""
         if not stored.methods:
             return None
-        found = {
+        read = {
             method: [kind.read(stored.of(method)) for kind in (Masks, Similarities, Points)]
             for method in stored.methods
         }
-        return cls({m: tuple(r for r in results if r is not None) for m, results in found.items()})
+        return cls({m: tuple(r for r in results if r is not None) for m, results in read.items()})
 
 
 KINDS: tuple[type[Result], ...] = (

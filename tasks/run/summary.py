@@ -36,16 +36,16 @@ def merge_shards(
     Returns:
         Shard -> what it says of itself, or why it is missing; nothing for those that are not done.
     """
-    found: dict[str, ShardRecord | SampleError] = {}
+    outcomes: dict[str, ShardRecord | SampleError] = {}
     for name in names:
         path = find_shard(folder, name)
         published = load_states(path) if path else elsewhere.get(name)
         if published:
-            found[name], states = published
+            outcomes[name], states = published
             measures.merge(states)
         elif lost := read_loss(folder, name):
-            found[name] = lost
-    return found
+            outcomes[name] = lost
+    return outcomes
 
 
 def note_loss(folder: Path, error: SampleError) -> None:
@@ -66,13 +66,13 @@ def read_loss(folder: Path, name: str) -> SampleError | None:
 
 
 def write_summary(
-    folder: Path, report: Report, found: Mapping[str, ShardRecord | SampleError], shards: int
+    folder: Path, report: Report, outcomes: Mapping[str, ShardRecord | SampleError], shards: int
 ) -> None:
     """Write ``metrics.json``, ``metrics.csv`` (class-wise), ``errors.jsonl`` and the report's tables."""
-    records = [record for record in found.values() if isinstance(record, ShardRecord)]
+    records = [record for record in outcomes.values() if isinstance(record, ShardRecord)]
     errors = [
         error
-        for record in found.values()
+        for record in outcomes.values()
         for error in (record.errors if isinstance(record, ShardRecord) else [record])
     ]
     summary = {

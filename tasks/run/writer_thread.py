@@ -15,17 +15,17 @@ class WriterThread:
     What a call raises is raised here, by the next `run` or by `finish`.
 
     Args:
-        room: calls that may wait; `run` waits itself until there is room for one more.
+        waiting: calls that may wait; `run` waits itself until one more may.
     """
 
-    def __init__(self, room: int = 2) -> None:
-        self.room = room
+    def __init__(self, waiting: int = 2) -> None:
+        self.waiting = waiting
         self._pending: deque[Future[None]] = deque()
         self._thread: ThreadPoolExecutor | None = None
 
     def run(self, call: Callable[[], None]) -> None:
         """Hand over a call."""
-        while len(self._pending) > self.room:
+        while len(self._pending) > self.waiting:
             self._pending.popleft().result()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "writer")

@@ -79,7 +79,7 @@ def test_counts_of_ranks_merge():
     assert torch.equal(empty.counts, whole.counts)
     assert int(empty.texts) == 4
     assert whole.share(3).tolist() == [0.5, 0.0, 0.0]
-    assert whole.seen() == [
+    assert whole.counted() == [
         (3, (2, 0, 0)),
         (9, (1, 1, 1)),
         (1, (1, 1, 0)),
