@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common import signals
 from common.errors import InvalidSetting
 from surgery.backbone import Backbone
 
@@ -193,6 +194,7 @@ def _ascend(
     momentum = torch.zeros_like(logits)
     ids, scores = [], []
     for _ in range(steps):
+        signals.check()  # a batch climbs for minutes, longer than who asks to stop waits
         noise = [
             torch.empty_like(blank).exponential_(generator=g).log_().neg_() for g in generators
         ]

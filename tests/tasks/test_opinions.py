@@ -3,11 +3,14 @@
 import csv
 import io
 import json
+import signal
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from common import signals
+from surgery.backbone import Backbone
 from tasks.__main__ import main
 from tests.tasks.conftest import members, same_results
 
@@ -103,3 +106,18 @@ def test_own_pictures_and_another_seed(run, predict, tmp_path):
         )
         words.append((folder / "words.csv").read_text())
     assert words[0] != words[1]
+
+
+def test_a_stop_does_not_wait_for_the_end_of_a_climb(command, two_scenes, monkeypatch, tmp_path):
+    climbed = []
+    encode = Backbone.encode_soft_tokens
+
+    def count(*args):
+        climbed.append(1)
+        monkeypatch.setattr(signals, "reason", lambda: signals.Stopped(signal.SIGTERM))
+        return encode(*args)
+
+    monkeypatch.setattr(Backbone, "encode_soft_tokens", count)
+    assert main(command(tmp_path / "run", *FAST, two_scenes, task="Opinions")) == 143
+    assert len(climbed) == 1
+    assert not list((tmp_path / "run").glob("*.tar"))
