@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks._pretended_gpu import CUDA, PretendedGPU
+from benchmarks._pretended_gpu import CPU, CUDA, PretendedGPU
 from datamodules import Shapes
 from datamodules._samples import Batch, Sample
 from tasks import Explainability, Recognition, Segmentation
@@ -132,7 +132,9 @@ def make_task(name: str, folder: Path, **settings: Any) -> Task:
     config.write_text(json.dumps(TINY))
     os.environ.setdefault("CLIP_SURGERY_CACHE", str(folder / "cache"))
     task = TASKS[name](BackboneConfig(str(config), None), **settings)
-    task._trainer = SimpleNamespace(datamodule=Shapes("none"))  # type: ignore[assignment]
+    strategy = SimpleNamespace(root_device=CPU, broadcast=lambda found, src: found)
+    trainer = SimpleNamespace(datamodule=Shapes("none"), strategy=strategy, is_global_zero=True)
+    task._trainer = trainer  # type: ignore[assignment]
     task.setup("predict")
     return task
 

@@ -79,10 +79,7 @@ def load_backbone(
     with torch.inference_mode(False):  # whose tensors could never record a gradient
         source = sources.build(str(model), weights, quick_gelu)
         released = class_token == "released"
-        backbone = Backbone(source, attention, blocks, image_size, released, static_batch)
-        # Every run asks for it (prompt cache, metadata); now the weights are at hand and on the CPU.
-        backbone.fingerprint()
-    return backbone
+        return Backbone(source, attention, blocks, image_size, released, static_batch)
 
 
 class Backbone(nn.Module):

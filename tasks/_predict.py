@@ -11,6 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -105,6 +106,8 @@ class Predict(LightningCLI):
 
     def predict(self) -> Run:
         """Process all shards that are not finished; results are in the run's folder."""
+        # Else float32 has ten bits there, and only there: products of matrices have all of theirs.
+        torch.backends.cudnn.allow_tf32 = False
         with told_of_gathering(self.trainer):
             self.trainer.predict(self.model, datamodule=self.datamodule, return_predictions=False)
         return self.writer.run

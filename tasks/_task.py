@@ -190,9 +190,22 @@ class Task(LightningModule):
         """Encode the class texts once, where no file gave their features."""
         words = self.words(self.info)
         if words and not self.text_features:
-            self.texts = Texts.encode(self.backbone, words)
+            self.texts = self.encode_texts(words)
         if self.texts is not None and self.text_features:
             self.check_features(self.text_features, self.texts.features)
+
+    def encode_texts(self, words: Sequence[str]) -> Texts:
+        """Features of words, on the CPU: rank 0 computes them on its device, the others get them."""
+        strategy = self.trainer.strategy
+        found: Any = None
+        if self.trainer.is_global_zero:
+            if strategy.root_device.type == "cuda":
+                self.backbone.fingerprint()  # part of the cache's key; not of weights far away
+                self.backbone.to(strategy.root_device)
+            found = Texts.encode(self.backbone, words).to("cpu")
+            self.backbone.to("cpu")  # where all ranks have it until Lightning moves it
+        texts: Texts = strategy.broadcast(found, src=0)
+        return texts
 
     def check_features(self, path: str, features: Tensor) -> None:
         """Refuse features [T,C] from a file that are of another backbone.

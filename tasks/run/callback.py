@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -10,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -123,6 +125,7 @@ class ResultWriter(BasePredictionWriter):
             more = {
                 "identity": task.fingerprints(),
                 "checkpoint": {**asdict(weights), "sha256": weights.sha256},
+                "device": _describe_device(trainer.strategy.root_device),
             }
             self.run.accept(self._mine, more, self.config)
         self._processes.wait()  # nobody may publish into a folder that rank 0 refuses
@@ -225,6 +228,19 @@ class ResultWriter(BasePredictionWriter):
         gathered: list[Any] | None = [None] * world if rank == 0 else None
         dist.gather_object(mine, gathered, dst=0, group=group)
         return {name: record for part in gathered or [] for name, record in part.items()}
+
+
+def _describe_device(device: torch.device) -> dict[str, Any]:
+    """On what this is computed, and what torch's last digits depend on; good to know, not compared."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "type": device.type,
+        "name": name,
+        "threads": torch.get_num_threads(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+    }
 
 
 def _task(module: LightningModule) -> Task:

@@ -62,3 +62,13 @@ def test_a_gpu_would_find_what_a_cpu_does(name, settings, masks, tmp_path):
     assert [list(record) for record in records[1]] == [list(record) for record in records[0]]
     if name == "Explainability":
         assert records[1] == records[0]
+
+
+def test_one_rank_encodes_the_texts_and_the_others_get_them(tmp_path, monkeypatch):
+    first = make_task("Recognition", tmp_path)
+    texts = first.texts
+    first.trainer.is_global_zero = False
+    first.trainer.strategy.broadcast = lambda found, src: texts if found is None else None
+    monkeypatch.setattr("surgery.Texts.encode", None)
+    first.configure_texts()
+    assert first.texts is texts
