@@ -23,17 +23,7 @@ from tasks.run.terminal import print_report
 
 def main(argv: list[str]) -> int:
     """Run ``lightning predict``; returns the exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for wing in ("surgery", "datamodules", "tasks"):
-        logging.getLogger(wing).setLevel(logging.INFO)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    # Noise that a user can do nothing about.
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")
-    warnings.filterwarnings("ignore", ".*persistent_workers.*")
-    warnings.filterwarnings("ignore", ".*`srun` command is available.*")
-    warnings.filterwarnings("ignore", ".*Couldn't infer the batch indices.*")
-    raise_open_files()
+    prepare()
     ranks = Ranks(["predict", *argv])
     try:
         cli = Predict(*read_words(argv), ranks)
@@ -64,6 +54,21 @@ def main(argv: list[str]) -> int:
             print(f"lightning predict: {failure}", file=sys.stderr)
             return 1
     return 0
+
+
+def prepare() -> None:
+    """Let our wings speak and others be quiet, and have enough open files: before the first run."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for wing in ("surgery", "datamodules", "tasks"):
+        logging.getLogger(wing).setLevel(logging.INFO)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # Noise that a user can do nothing about.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", ".*persistent_workers.*")
+    warnings.filterwarnings("ignore", ".*`srun` command is available.*")
+    warnings.filterwarnings("ignore", ".*Couldn't infer the batch indices.*")
+    raise_open_files()
 
 
 def leave_group() -> None:
