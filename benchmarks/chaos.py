@@ -102,7 +102,11 @@ def chaos(folder: Path, args: argparse.Namespace, choose: random.Random) -> dict
         kind = choose.choice(list(BLOWS))
         moment = "at work" if finished(other) > before else "at the start"
         with contextlib.suppress(ProcessLookupError):  # it was done at that very moment
-            faults.update(BLOWS[kind](run, folder, choose))
+            of_this = BLOWS[kind](run, folder, choose)
+            if of_this:
+                code = run.poll()
+                print(f"{kind} {moment}: {of_this}, exit code {code}", file=sys.stderr)
+            faults.update(of_this)
             blows[kind] += 1
             moments[moment] += 1
         stop(run)
@@ -170,8 +174,8 @@ def left_behind(run: subprocess.Popen[bytes]) -> list[str]:
     """A fault if processes of a run are still there after a while; waits for them until then."""
     until = time.monotonic() + LATEST
     while time.monotonic() < until:
-        run.poll()
-        if not in_group(run.pid):
+        # One whose threads are still ending looks dead already, but has no exit code yet.
+        if run.poll() is not None and not in_group(run.pid):
             return []
         time.sleep(0.05)
     return ["processes left"]
