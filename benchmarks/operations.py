@@ -134,7 +134,7 @@ def make_task(name: str, folder: Path, **settings: Any) -> Task:
     task = TASKS[name](BackboneConfig(str(config), None), **settings)
     strategy = SimpleNamespace(root_device=CPU, broadcast=lambda found, src: found)
     trainer = SimpleNamespace(datamodule=Shapes("none"), strategy=strategy, is_global_zero=True)
-    task._trainer = trainer  # type: ignore[assignment]
+    task._trainer = trainer  # type: ignore[assignment]  # a stand-in
     task.setup("predict")
     return task
 

@@ -401,7 +401,7 @@ class Reproduction:
         for cell in self.cells:
             ours = self.ours.get(cell)
             known = ours is not None and cell.paper is not None
-            values = (ours, cell.paper, ours - cell.paper if known else None)  # type: ignore[operator]
+            values = (ours, cell.paper, ours - cell.paper if known else None)  # type: ignore[operator]  # both are numbers
             rows.append(
                 (
                     *(cell.row, cell.setting, cell.backbone, cell.data, cell.metric),

@@ -180,12 +180,16 @@ class ResultWriter(BasePredictionWriter):
             note_loss(self.output, error)
             self.tally.lose(error)
 
-    def _leave(self) -> None:
-        """Drop the unfinished shard, and leave the folder to others."""
+    def _drop(self) -> None:
+        """Drop the unfinished shard."""
         self._thread.drop()
         if self._shard:
             self._shard.abandon()
             self._shard = None
+
+    def _leave(self) -> None:
+        """Drop the unfinished shard, and leave the folder to others."""
+        self._drop()
         if hasattr(self, "run"):
             self.run.close()
 
@@ -203,9 +207,7 @@ class ResultWriter(BasePredictionWriter):
         """Merge the states of all shards and write the run's summary, on rank 0."""
         if self._shard:
             log.warning("shard %s was not read to its end: it is left out", self._shard.name)
-            self._thread.drop()
-            self._shard.abandon()
-            self._shard = None
+            self._drop()
         elsewhere = self._fetch_records() if trainer.world_size > 1 else {}
         if trainer.is_global_zero:
             _, found = self.run.summarise(_task(pl_module).new_measures(), elsewhere)
