@@ -99,7 +99,7 @@ def read_layers(config: str | Path | Mapping[str, Any]) -> list[Layer]:
     path = FOLDER / f"{name}.yaml"
     if path.is_file() and path.parent == FOLDER:
         return _layers(name, read_yaml(path), FOLDER)
-    if parts := _split(name):
+    if parts := split_name(name):
         return compose(*parts, f"runs/{name}")
     near = difflib.get_close_matches(Path(name).name, all_names(), n=4, cutoff=0.4)
     hint = f". Did you mean {' or '.join(near)}?" if near else "."
@@ -109,8 +109,8 @@ def read_layers(config: str | Path | Mapping[str, Any]) -> list[Layer]:
     )
 
 
-def _split(name: str) -> tuple[Path, Path] | None:
-    """Files of the two parts of BACKBONE_EXPERIMENT."""
+def split_name(name: str) -> tuple[Path, Path] | None:
+    """Files of the backbone and the experiment of BACKBONE_EXPERIMENT; None where it is no such name."""
     for backbone in names_of("backbones"):
         experiment = name.removeprefix(f"{backbone}_")
         path = FOLDER / "experiments" / f"{SHORT.get(experiment, experiment)}.yaml"

@@ -16,7 +16,10 @@ for example --trainer.accelerator=cpu --data.batch_size=64."""
 
 def main(argv: list[str]) -> int:
     """Run ``lightning reproduce``; returns the exit code."""
-    from tasks import _reproduce
+    from tasks.reproduce import PLANS
+    from tasks.reproduce.plan import as_field, jobs
+    from tasks.reproduce.report import Reproduction
+    from tasks.reproduce.runs import missing, run_all
 
     parser = argparse.ArgumentParser(
         prog="lightning reproduce",
@@ -25,7 +28,7 @@ def main(argv: list[str]) -> int:
         epilog=EPILOG,
         allow_abbrev=False,
     )
-    parser.add_argument("name", choices=_reproduce.NAMES, metavar="NAME", help="%(choices)s")
+    parser.add_argument("name", choices=list(PLANS), metavar="NAME", help="%(choices)s")
     parser.add_argument("--output", type=Path, required=True, help="folder of NAME.md and NAME.csv")
     parser.add_argument(
         "--data-root",
@@ -53,7 +56,8 @@ def main(argv: list[str]) -> int:
             parser.error(f"{word!r} is neither an option nor --SECTION.FIELD=VALUE")
     if options.scenes is not None and not (options.demo and options.scenes > 0):
         parser.error("--scenes is the demo's, and at least 1")
-    wanted = _reproduce.cells(options.name, options.demo)
+    plan = PLANS[options.name]
+    wanted = plan.demo_cells() if options.demo else plan.cells()
     for option, attribute in (("backbones", "backbone"), ("datasets", "data"), ("methods", "row")):
         if chosen := getattr(options, option):
             there = {getattr(cell, attribute) for cell in wanted}
@@ -62,20 +66,20 @@ def main(argv: list[str]) -> int:
                 parser.error(f"--{option}: {options.name} has no {odd[0]!r}, but {known}")
             wanted = [cell for cell in wanted if getattr(cell, attribute) in chosen]
     if options.dry_run:
-        for job in _reproduce.jobs(wanted, options.demo):
-            why = None if options.demo else _reproduce.missing(job, options.data_root)
+        for job in jobs(wanted, options.demo):
+            why = missing(job, options.data_root, options.demo)
             print(f"{job.name}{f'  ({why})' if why else ''}")
         return 0
     try:
-        fields = dict(map(_reproduce.as_field, words))
+        fields = dict(map(as_field, words))
     except UserError as error:
         parser.error(str(error))
     from tasks.commands.predict import leave_group, prepare
 
     prepare()
-    found = _reproduce.Reproduction(options.name, wanted, options.demo)
+    found = Reproduction(plan, wanted, options.demo)
     try:
-        good = _reproduce.run_all(
+        good = run_all(
             found,
             options.output,
             data_root=options.data_root,

@@ -4,8 +4,11 @@ import statistics
 
 import pytest
 
+from surgery import METHODS as EXPLAINERS
 from surgery import RECIPES
-from tasks._paper import ABLATIONS, METHODS, numbers, readings
+from tasks.reproduce import PLANS
+from tasks.reproduce.numbers import numbers
+from tasks.reproduce.tables import ABLATIONS, METHODS
 
 
 def values(**wanted: str) -> list[float]:
@@ -41,17 +44,21 @@ def test_every_reading_is_a_config_with_its_options():
     from tasks._configs import all_names
 
     names = all_names()
-    for number in numbers():
-        for reading in readings(number):
-            assert reading.config in names, number
-            for option in reading.options:
+    for plan in PLANS.values():
+        for cell in plan.cells():
+            if cell.reading is None:
+                continue
+            assert cell.reading.config in names, cell
+            assert cell.reading.method in ("", *EXPLAINERS), cell
+            for option in cell.reading.options:
                 name, _, value = option.partition("=")
                 if name == "--model.backbone.attention":
                     assert value in RECIPES
 
 
 def test_what_is_not_ours_to_run_has_no_reading():
-    with_runs = {(n.table, n.row) for n in numbers() if readings(n)}
+    tables = {name: plan.cells() for name, plan in PLANS.items() if name.startswith("table")}
+    with_runs = {(name[-1], c.row) for name, found in tables.items() for c in found if c.reading}
     assert {row for table, row in with_runs if table == "2"} == set(METHODS)
     assert {row for table, row in with_runs if table == "4"} == {"CLIP", *ABLATIONS}
     assert {row for table, row in with_runs if table == "5"} == {"MaskCLIP", "Ours"}
@@ -62,10 +69,9 @@ def test_what_is_not_ours_to_run_has_no_reading():
         "TaI-DPT + Ours",
     }
     literal = [
-        reading
-        for number in numbers()
-        for reading in readings(number)
-        if "--model.backbone.blocks=from 7" in reading.options
+        cell.reading
+        for cell in tables["table1"]
+        if cell.reading and "--model.backbone.blocks=from 7" in cell.reading.options
     ]
     assert len(literal) == 8
     assert all(reading.config.startswith("vit_l14_") for reading in literal)

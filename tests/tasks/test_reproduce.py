@@ -8,6 +8,11 @@ import pytest
 
 from tasks.__main__ import main
 
+METHOD = {
+    "CLIP": "clip",
+    "Architecture": "architecture",
+    "Architecture + feature surgery": "surgery",
+}
 QUIET = (
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
@@ -35,12 +40,14 @@ def test_a_table_on_the_demo_world_says_whether_the_papers_ordering_holds(tmp_pa
     ]
     ours = {(row["row"], row["metric"]): float(row["ours"]) for row in found}
     for row in found:
-        metrics = json.loads((tmp_path / "runs" / row["run"] / "metrics.json").read_text())[
-            "metrics"
-        ]
+        summary = json.loads((tmp_path / "runs" / row["run"] / "metrics.json").read_text())
         name = row["metric"]
-        plain = name == "mAP" and "surgery" not in row["row"]
-        assert float(row["ours"]) == metrics["mAP_softmax" if plain else name]
+        if name == "mAP":
+            of, name = summary["metrics"], name if "surgery" in row["row"] else "mAP_softmax"
+        else:
+            of = summary["methods"][METHOD[row["row"]]]
+        assert float(row["ours"]) == of[name]
+    assert len(list((tmp_path / "runs").iterdir())) == 2  # one for all that explain
     order = ["CLIP", "Architecture", "Architecture + feature surgery"]
     for metric in ("mSC", "mIoU", "mAP"):
         for below, above in ((0, 1), (0, 2), (1, 2)):
@@ -88,7 +95,9 @@ def test_ours_beside_the_printed_numbers(scenes, tiny, tmp_path, capsys):
 
 
 def test_the_mean_over_backbones_needs_all_of_them():
-    from tasks._reproduce import Reproduction, cells, jobs
+    from tasks.reproduce import PLANS
+    from tasks.reproduce.plan import jobs
+    from tasks.reproduce.report import Reproduction
 
     class Finished:
         def __init__(self, value):
@@ -97,8 +106,8 @@ def test_the_mean_over_backbones_needs_all_of_them():
             two = {"mIoU": value + 0.25, "mSC": value + 0.5}
             self.summary["methods"]["surgery"] = two
 
-    found = Reproduction("table1", cells("table1"), demo=False)
-    of_voc = [job for job in jobs(found.cells) if job.data == "voc" and len(job.methods) == 2]
+    found = Reproduction(PLANS["table1"], PLANS["table1"].cells(), demo=False)
+    of_voc = [job for job in jobs(found.cells) if job.shards == "voc" and len(job.methods) == 2]
     (mean,) = (c for c in found.cells if (c.backbone, c.data, c.metric) == ("", "voc", "mSC"))
     for i, job in enumerate(of_voc):
         assert mean not in found.ours

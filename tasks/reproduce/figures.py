@@ -1,0 +1,102 @@
+"""Figures 4 to 6 (analyses) and 10 (points for SAM) of the paper: what each of them measures."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from tasks.reproduce.numbers import numbers
+from tasks.reproduce.plan import Cell, Plan, Reading
+from tasks.reproduce.tables import EXPLAIN, METHODS
+
+_BACKBONE = "vit_b16"
+_AFFINITY = ("affinity_last_ffn", "affinity_last_ffn_ln_post")
+
+
+def _analysis(figure: str, data: str, metrics: tuple[str, ...]) -> list[Cell]:
+    """What a figure draws, one number each; a few of them are in the paper's text."""
+    (printed,) = (number.value for number in numbers() if number.metric == "affinity")
+    return [
+        Cell(
+            row=metric,
+            setting="",
+            backbone=_BACKBONE,
+            data=data,
+            metric=figure,
+            paper=printed if metric in _AFFINITY else None,
+            reading=Reading(f"{_BACKBONE}_{data}_analysis", metric),
+        )
+        for metric in metrics
+    ]
+
+
+def _points() -> list[Cell]:
+    """Figure 10: accuracy of the points of each method, from the halved and from the whole map."""
+    rows: list[tuple[str, str, tuple[str, ...]]] = [
+        *((row, method, ()) for row, method in METHODS.items()),
+        ("Ours-512", "surgery", ("--data.image_size=512",)),
+    ]
+    return [
+        Cell(
+            row=row,
+            setting="",
+            backbone=_BACKBONE,
+            data=data,
+            metric=metric,
+            paper=None,
+            reading=Reading(f"{_BACKBONE}_{experiment}", metric, options, method, "Interactive"),
+        )
+        for row, method, options in rows
+        for data, experiment in EXPLAIN.items()
+        for metric in ("point_accuracy", "point_accuracy_down_sample_1")
+    ]
+
+
+FIGURES = (
+    Plan(
+        "figure4",
+        "how much attention lies on the object: mFSR",
+        partial(
+            _analysis,
+            "figure4",
+            "voc",
+            ("mFSR_raw", "mFSR_consistent", "mFSR_consistent_same_token", "mFSR_blind"),
+        ),
+        orderings=(("mFSR_consistent", "mFSR_raw"),),
+        beside=("fsr_survival",),
+    ),
+    Plan(
+        "figure5",
+        "how near modules are to the texts: affinity",
+        partial(
+            _analysis, "figure5", "voc", ("affinity_positive", "affinity_negative", *_AFFINITY)
+        ),
+        orderings=(
+            ("affinity_positive", "affinity_negative"),
+            ("affinity_positive", "affinity_last_ffn"),
+        ),
+        beside=("affinity", "affinity_ln_post"),
+    ),
+    Plan(
+        "figure6",
+        "how much of a map is there without any class: redundancy",
+        partial(
+            _analysis,
+            "figure6",
+            "pascal_context",
+            (
+                "redundancy_empty",
+                "redundancy_zero",
+                "redundancy_empty_architecture",
+                "redundancy_zero_architecture",
+            ),
+        ),
+        orderings=(("redundancy_zero", "redundancy_empty"),),
+        beside=("redundancy",),
+    ),
+    Plan(
+        "figure10",
+        "points for SAM: their accuracy",
+        _points,
+        orderings=(("Ours", "CLIP"),),
+    ),
+)

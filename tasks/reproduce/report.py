@@ -1,0 +1,154 @@
+"""A table with our numbers beside the printed ones: as text, Markdown and csv."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+
+from common.files import csv_text, write_atomically
+from tasks.reproduce.plan import Cell, Job, Plan
+from tasks.run import Run
+from tasks.run.compare import Side
+
+
+@dataclass
+class Reproduction:
+    """A table or figure beside our runs.
+
+    Attributes:
+        plan: of what it is.
+        cells: its numbers, or some of them.
+        demo: whether ours are of the demo world.
+        ours: cell -> our number.
+        runs: cell -> name of the run that gave it.
+        why: cell -> why there is no number of ours.
+    """
+
+    plan: Plan
+    cells: list[Cell]
+    demo: bool
+    ours: dict[Cell, float] = field(default_factory=dict)
+    runs: dict[Cell, str] = field(default_factory=dict)
+    why: dict[Cell, str] = field(default_factory=dict)
+
+    def fill(self, job: Job, run: Run) -> None:
+        """Take a finished run's numbers."""
+        summary = run.summary
+        for cell in job.cells:
+            assert cell.reading is not None  # jobs are made of readings
+            of = summary.get("methods", {}).get(cell.reading.method, summary["metrics"])
+            value = of.get(cell.reading.metric)
+            if value is None:
+                self.why[cell] = f"{job.name} has no {cell.reading.metric}"
+            else:
+                self.ours[cell] = float(value)
+                self.runs[cell] = job.name
+        self.ours |= self.plan.derive(self.cells, self.ours)
+
+    def table(self) -> Side:
+        """A row for each method and backbone, a column for each data set and metric."""
+        columns = list(dict.fromkeys((cell.data, cell.metric) for cell in self.cells))
+        rows: dict[tuple[str, str, str], dict[tuple[str, str], str]] = {}
+        for cell in self.cells:
+            row = rows.setdefault((cell.row, cell.setting, cell.backbone), {})
+            row[cell.data, cell.metric] = self._shown(cell)
+        return Side(
+            f"{self.plan.name}, percent",
+            ("row", "setting", "backbone", *(f"{data} {metric}" for data, metric in columns)),
+            [(*key, *(row.get(column, "") for column in columns)) for key, row in rows.items()],
+        )
+
+    def _shown(self, cell: Cell) -> str:
+        ours = f"{100 * self.ours[cell]:.2f}" if cell in self.ours else "--"
+        if cell.paper is None:
+            return ours
+        difference = f"; {100 * (self.ours[cell] - cell.paper):+.2f}" if cell in self.ours else ""
+        return f"{ours} ({100 * cell.paper:.2f}{difference})"
+
+    def notes(self) -> list[str]:
+        """What has to be said below the table."""
+        found = [
+            "Ours, on the demo world: its numbers are none of the paper's, their ordering can be "
+            "compared."
+            if self.demo
+            else "Ours (as printed; difference). `--`: no number of ours.",
+            *self.plan.notes,
+        ]
+        clip = [self.ours.get(c, -1) for c in self.cells if (c.row, c.metric) == ("CLIP", "mSC")]
+        if self.demo and max(clip, default=-1) > 0:
+            found.append("Plain CLIP's maps of drawn scenes are not reversed, as photographs' are.")
+        reasons: dict[str, list[Cell]] = {}
+        for cell in self.cells:
+            if cell in self.why:
+                reasons.setdefault(self.why[cell], []).append(cell)
+        for reason, of in reasons.items():
+            named = dict.fromkeys(
+                " ".join(filter(None, (c.row, c.setting, c.backbone))) for c in of
+            )
+            found.append(f"Not run: {', '.join(named)} on {of[0].data}: {reason}")
+        if printed := self._not_ours():
+            where = "" if self.demo else ", as printed"
+            found.append(f"Not ours to run{where}: {', '.join(printed)}.")
+        return found + (self.ordering() if self.demo else [])
+
+    def _not_ours(self) -> list[str]:
+        """Rows without any run, such as those of trained methods; not what follows from others."""
+        with_runs = {cell.row for cell in self.cells if cell.reading}
+        rows = dict.fromkeys(cell.row for cell in self.cells if cell.backbone)
+        return [row for row in rows if row not in with_runs]
+
+    def ordering(self) -> list[str]:
+        """Whether rows are above each other as they are, everywhere, in the paper."""
+        held, broken = 0, []
+        for above, below, metric in self.plan.claims():
+            pairs = self._pairs(above, below, metric)
+            for one, other in pairs:
+                if self.ours[one] > self.ours[other]:
+                    held += 1
+                    continue
+                a, b = (
+                    f"{c.row}{f' ({c.setting})' if c.setting else ''} {100 * self.ours[c]:.2f}"
+                    for c in (one, other)
+                )
+                broken.append(f"DOES NOT HOLD here: {one.metric}: {a} is not above {b}")
+        if not held and not broken:
+            return ["Nothing to compare the paper's ordering with."]
+        return [
+            f"Of the paper's ordering, {held} of {held + len(broken)} pairs hold here.",
+            *broken,
+        ]
+
+    def _pairs(self, above: str, below: str, metric: str) -> Iterable[tuple[Cell, Cell]]:
+        """Cells of two rows; where both have several settings, those of the same one, if any."""
+        found = [
+            [c for c in self.cells if c.row == row and c in self.ours and metric in (c.metric, "")]
+            for row in (above, below)
+        ]
+        pairs = [(a, b) for a, b in product(*found) if a.metric == b.metric]
+        same = [(a, b) for a, b in pairs if a.setting == b.setting]
+        several = all(len({c.setting for c in side}) > 1 for side in found)
+        return same if several and same else pairs
+
+    def write(self, folder: Path) -> None:
+        """Write ``NAME.md`` and, with all digits and the runs' names, ``NAME.csv``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        notes = "\n".join(f"- {note}" for note in self.notes())
+        text = f"{self.table().markdown()}\n\n{notes}\n"
+        write_atomically(folder / f"{self.plan.name}.md", text)
+        rows = []
+        for cell in self.cells:
+            ours = self.ours.get(cell)
+            known = ours is not None and cell.paper is not None
+            values = (ours, cell.paper, ours - cell.paper if known else None)  # type: ignore[operator]  # both are numbers
+            rows.append(
+                (
+                    *(cell.row, cell.setting, cell.backbone, cell.data, cell.metric),
+                    *("" if value is None else value for value in values),
+                    *(cell.source, self.runs.get(cell, ""), self.why.get(cell, "")),
+                )
+            )
+        columns = ("row", "setting", "backbone", "data", "metric", "ours", "paper", "difference")
+        more = ("source", "run", "why_not")
+        write_atomically(folder / f"{self.plan.name}.csv", csv_text((*columns, *more), rows))
