@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers; each is imported when it is first used
     from datamodules._datamodule import ShardDataModule as ShardDataModule
+    from datamodules._drawing import draw_scene as draw_scene
     from datamodules.ade20k import ADE20K as ADE20K
     from datamodules.cityscapes import Cityscapes as Cityscapes
     from datamodules.coco import COCO as COCO
@@ -37,7 +38,11 @@ DATASETS = {
 READ_AS_THEY_ARE = frozenset({"gcc3m", "images"})
 """Those that ``lightning shards`` has nothing to convert of."""
 
-_HOMES = {"ShardDataModule": "_datamodule", **{cls: name for name, cls in DATASETS.items()}}
+_HOMES = {
+    "ShardDataModule": "_datamodule",
+    "draw_scene": "_drawing",
+    **{cls: name for name, cls in DATASETS.items()},
+}
 
 __all__ = ["DATASETS", "READ_AS_THEY_ARE", *_HOMES]
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from surgery.attention import RECIPES, Recipe
     from surgery.backbone import Backbone, load_backbone
-    from surgery.explainer import Explainer, Explanation
+    from surgery.explainer import Explainer
+    from surgery.explanation import Explanation
     from surgery.features import (
         feature_surgery,
         similarity,
@@ -28,7 +29,7 @@ _HOMES = {
     "Backbone": "backbone",
     "load_backbone": "backbone",
     "Explainer": "explainer",
-    "Explanation": "explainer",
+    "Explanation": "explanation",
     "feature_surgery": "features",
     "similarity": "features",
     "similarity_map": "features",

@@ -1,6 +1,9 @@
 """The frozen CLIP that everything stands on: images to tokens, texts to features."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +21,14 @@ from surgery.towers import ImageTokens, Tower, Visitor, resize_positions, tower_
 from surgery.towers.text import TextTower
 
 _CACHED_GRIDS = 8
+
+
+@dataclass
+class _Once:
+    """Images whose tokens are kept, and the tokens by recipe."""
+
+    images: Tensor | None = None
+    tokens: dict[Recipe, ImageTokens] = field(default_factory=dict)
 
 
 def load_backbone(
@@ -136,6 +147,7 @@ class Backbone(nn.Module):
         self.batches = batches.Batches(static_batch, fixed=static_batch is not None)
         self.graph_batches = batches.Batches()
         self._positions: dict[Any, Tensor] = {}
+        self._once = _Once()
         self._colours: dict[torch.device, Tensor] = {}
         self._fingerprint, self._low_precision = Fingerprint(), LowPrecision()
         self.requires_grad_(False)
@@ -168,6 +180,8 @@ class Backbone(nn.Module):
         Raises:
             InvalidSetting: the patches do not divide the images.
         """
+        if images is self._once.images and self.recipe in self._once.tokens:
+            return self._once.tokens[self.recipe]
         grid = self._check(images)
 
         def encode(part: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,7 +192,20 @@ class Backbone(nn.Module):
             return tokens.class_token, tokens.patch_tokens
 
         class_token, patch_tokens = self.batches.run(encode, images)
-        return ImageTokens(class_token, patch_tokens, grid)
+        tokens = ImageTokens(class_token, patch_tokens, grid)
+        if images is self._once.images:
+            self._once.tokens[self.recipe] = tokens
+        return tokens
+
+    @contextmanager
+    def encoding_once(self, images: Tensor) -> Iterator[None]:
+        """Meanwhile, encode these images once a recipe, however often they are asked for."""
+        self._once.images = images
+        try:
+            yield
+        finally:
+            self._once.images = None
+            self._once.tokens.clear()
 
     def walk(self, images: Tensor, visitor: Visitor, *, class_only: bool = False) -> Tensor:
         """Images through the unreformed tower, with a visitor at every block.
@@ -231,6 +258,13 @@ class Backbone(nn.Module):
                 )[:, :, None, None]
         mean, std = self._colours[images.device]
         return images.float().sub_(mean).div_(std)
+
+    @property
+    def title(self) -> str:
+        """Its name for people, and where its weights are from."""
+        if Path(self.name).parent == sources.DEMO_FOLDER:
+            return "the demo CLIP"
+        return f"{Path(self.name).stem} ({self.checkpoint.name})"
 
     @property
     def device(self) -> torch.device:

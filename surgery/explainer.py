@@ -1,9 +1,8 @@
-"""One image, some names, maps: the method for a person at a prompt."""
+"""Images, some names, maps: the method for a person at a prompt."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -11,86 +10,38 @@ from torch import Tensor
 
 from common.errors import InvalidSetting, MissingFile
 from surgery.backbone import load_backbone
-from surgery.features import feature_surgery, similarity_map, similarity_to_points
+from surgery.explanation import Explanation, Explanations, MethodMaps
+from surgery.features import similarity_map, similarity_to_points
+from surgery.methods import check_methods, check_towers, explain
 from surgery.prompts import TEMPLATES
 from surgery.texts import Texts
-from surgery.visualize import heat_map
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from PIL.Image import Image
 
-WRITTEN = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-"""Endings of the pictures that `Explanation.save` writes."""
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What an image shows of T names.
-
-    Attributes:
-        image: uint8 [H, W, 3].
-        names: T of them.
-        maps: [T, H, W] in [0, 1].
-        scores: [T], cosine of the image's class token with each name.
-        similarity: [h*w, T] on the token grid.
-        grid: (h, w).
-        points: for each name its points [K, 2] (x, y in pixels) and labels [K] (1 on it, 0 off it).
-    """
-
-    image: Tensor
-    names: tuple[str, ...]
-    maps: Tensor
-    scores: Tensor
-    similarity: Tensor
-    grid: tuple[int, int]
-    points: tuple[tuple[Tensor, Tensor], ...]
-
-    def overlays(self) -> Tensor:
-        """The maps as heat over the image: uint8 [T, H, W, 3]."""
-        return torch.stack([heat_map(self.image, values) for values in self.maps])
-
-    def save(self, path: str | Path) -> None:
-        """Write the image and its T overlays, side by side, as a picture.
-
-        Args:
-            path: where; its ending names the format, a PNG if it has none.
-
-        Raises:
-            InvalidSetting: the ending is that of no format that can be written.
-        """
-        from PIL import Image
-
-        path = Path(path)
-        path = path if path.suffix else path.with_name(f"{path.name}.png")
-        if path.suffix.lower() not in WRITTEN:
-            raise InvalidSetting(f"{path}: a picture's ending is one of {', '.join(WRITTEN)}")
-        row = torch.cat([self.image, *self.overlays()], dim=1)
-        Image.fromarray(row.numpy()).save(path)
-
-    def show(self) -> None:
-        """Show the image and its overlays in a matplotlib figure."""
-        try:
-            from matplotlib import pyplot
-        except ImportError:
-            raise ImportError(
-                "show() draws with matplotlib, which is not installed: `pip install matplotlib`, "
-                "or write a picture with save(path)"
-            ) from None
-        titles = ("image", *(f"{n} {s:.3f}" for n, s in zip(self.names, self.scores, strict=True)))
-        figure, axes = pyplot.subplots(1, len(titles), figsize=(3 * len(titles), 3), squeeze=False)
-        pictures = (self.image, *self.overlays())
-        for axis, title, picture in zip(axes[0], titles, pictures, strict=True):
-            axis.imshow(picture.numpy())
-            axis.set_title(title)
-            axis.set_axis_off()
-        figure.tight_layout()
-        pyplot.show()
+    Picture = Image | str | Path | Tensor | NDArray[Any]
+    """One image: an opened one, a path, uint8 [3, H, W] of torch, or of numpy [H, W, 3] or [H, W]."""
 
 
 class Explainer:
-    """`Explainer(model, pretrained)(image, names)`; options as of `load_backbone`, and a device.
+    """`Explainer(model, pretrained)(image, names)`: where in an image is what the names say?
 
-    A file with more than `max_pixels` pixels is refused before it is unpacked.
+    Args:
+        model: as of `load_backbone`; "demo" (with pretrained="demo") needs no download.
+        pretrained: as of the same.
+        methods: names in `METHODS`, see `lightning list methods`; the first one gives an
+            explanation's own maps.
+        templates: prompts, with one `{}` for a name each.
+        device: where it is computed.
+        batch_size: images at once, where many are given.
+        max_pixels: a file with more pixels is refused before it is unpacked.
+        **options: of `load_backbone`.
+
+    Example:
+        >>> explain = Explainer("demo", "demo", methods=["surgery", "clip"])
+        >>> explain(torch.zeros(3, 96, 96, dtype=torch.uint8), ["star", "moon"]).maps.shape
+        torch.Size([2, 96, 96])
     """
 
     def __init__(
@@ -98,70 +49,176 @@ class Explainer:
         model: str | Path,
         pretrained: str | Path | None = None,
         *,
+        methods: Sequence[str] = ("surgery",),
         templates: Sequence[str] = TEMPLATES,
         device: str | torch.device = "cpu",
+        batch_size: int = 16,
         max_pixels: int = 100_000_000,
         **options: Any,
     ) -> None:
+        self.methods = tuple(check_methods(methods))
+        if batch_size < 1:
+            raise InvalidSetting(f"batch_size={batch_size}: expected a number of images, 1 or more")
         self.backbone = load_backbone(model, pretrained, **options).to(device)
+        check_towers(self.methods, self.backbone)
         self.templates = tuple(templates)
+        self.batch_size = batch_size
         self.max_pixels = max_pixels
+        self._encoded: tuple[tuple[str, ...], Texts] | None = None
+
+    def __repr__(self) -> str:
+        backbone = self.backbone
+        return (
+            f"Explainer({backbone.title} on {backbone.device}, methods {', '.join(self.methods)})"
+        )
+
+    @overload
+    def __call__(
+        self,
+        image: "Picture",
+        names: str | Sequence[str],
+        *,
+        methods: Sequence[str] | None = None,
+    ) -> Explanation: ...
+
+    @overload
+    def __call__(
+        self,
+        image: "list[Picture] | tuple[Picture, ...]",
+        names: str | Sequence[str],
+        *,
+        methods: Sequence[str] | None = None,
+    ) -> Explanations: ...
 
     @torch.inference_mode()
     def __call__(
-        self, image: "Image | str | Path | Tensor", names: str | Sequence[str]
-    ) -> Explanation:
-        """Explain a PIL image, a path, or a uint8 tensor [3, H, W] by one or more names.
+        self,
+        image: "Picture | list[Picture] | tuple[Picture, ...]",
+        names: str | Sequence[str],
+        *,
+        methods: Sequence[str] | None = None,
+    ) -> Explanation | Explanations:
+        """Explain an image, or several, by one or more names.
 
-        A single name is compared with the empty text, several with what they share.
+        A single name is compared with the empty text, several with what they share. Names with words
+        that the model was never taught are warned of.
+
+        Args:
+            image: a path, a PIL image, uint8 [3, H, W] of torch or [H, W, 3] or [H, W] of numpy; or
+                a list of these, which are explained in batches.
+            names: one, or a list.
+            methods: in place of those that it was made with.
+
+        Returns:
+            What the image shows; of several images, a tuple of that.
 
         Raises:
             MissingFile: there is no such file.
-            InvalidSetting: the file is no picture, or can't be read; names it.
+            InvalidSetting: the file is no picture, or can't be read; names it. No name, no such method,
+                or an array of another kind.
         """
-        names = (names,) if isinstance(names, str) else tuple(names)
-        backbone = self.backbone
-        picture = _open(image, self.max_pixels)
-        pixels = torch.from_numpy(np.array(_squash(picture, backbone.image_size)))
-        batch = pixels.permute(2, 0, 1)[None].to(backbone.device)
-        tokens = backbone.encode_image(backbone.preprocess(batch))
-        texts = Texts.encode(backbone, names, self.templates)
-        text = texts.features
-        similarity = feature_surgery(
-            tokens.patch_tokens, tokens.class_token, text, redundant=texts.redundant(backbone)
-        ).cpu()
-        size = (picture.height, picture.width)
-        maps = similarity_map(similarity, tokens.grid, size)[0]
-        scores = torch.nn.functional.normalize(tokens.class_token[0], dim=-1) @ text.T
-        points = tuple(
-            similarity_to_points(column, tokens.grid, size) for column in similarity[0].T
+        names = _checked(names)
+        wanted = self.methods if methods is None else tuple(check_methods(methods))
+        check_towers(wanted, self.backbone)
+        several = isinstance(image, list | tuple)
+        pictures: Sequence[Any] = image if isinstance(image, list | tuple) else [image]
+        texts = self._texts(names)
+        found = Explanations(
+            explanation
+            for start in range(0, len(pictures), self.batch_size)
+            for explanation in self._explain(
+                pictures[start : start + self.batch_size], names, texts, wanted
+            )
         )
-        shown = torch.from_numpy(np.array(picture))
-        return Explanation(shown, names, maps, scores.cpu(), similarity[0], tokens.grid, points)
+        return found if several else found[0]
+
+    def _explain(
+        self, given: Sequence[Any], names: tuple[str, ...], texts: Texts, methods: tuple[str, ...]
+    ) -> Iterator[Explanation]:
+        backbone = self.backbone
+        pictures = [_open(image, self.max_pixels) for image in given]
+        squashed = [np.array(_squash(picture, backbone.image_size)) for picture in pictures]
+        batch = torch.from_numpy(np.stack(squashed)).permute(0, 3, 1, 2).to(backbone.device)
+        images = backbone.preprocess(batch)
+        with backbone.encoding_once(images):
+            tokens = backbone.encode_image(images)
+            maps = {method: explain(backbone, images, texts, method).cpu() for method in methods}
+        unit = torch.nn.functional.normalize(tokens.class_token, dim=-1)
+        for i, picture in enumerate(pictures):
+            size = (picture.height, picture.width)
+            scores = unit[i] @ texts.features.T
+            shown = torch.from_numpy(np.array(picture))
+            of = {method: _maps(values[i], size) for method, values in maps.items()}
+            yield Explanation(shown, names, scores.cpu(), tokens.grid, of)
+
+    def _texts(self, names: tuple[str, ...]) -> Texts:
+        """Features of names; the last ones are kept, as one asks again with other images."""
+        if self._encoded is None or self._encoded[0] != names:
+            self._encoded = names, Texts.encode(self.backbone, names, self.templates)
+        return self._encoded[1]
 
 
-def _open(image: "Image | str | Path | Tensor", max_pixels: int) -> "Image":
+def _maps(values: Tensor, size: tuple[int, int]) -> MethodMaps:
+    """Similarities [T, h, w] as what a method says of an image of a size (height, width)."""
+    grid = (values.shape[1], values.shape[2])
+    similarity = values.flatten(1).T
+    points = tuple(similarity_to_points(column, grid, size) for column in similarity.T)
+    return MethodMaps(similarity_map(similarity[None], grid, size)[0], similarity, points)
+
+
+def _checked(names: str | Sequence[str]) -> tuple[str, ...]:
+    given = (names,) if isinstance(names, str) else tuple(names)
+    if not given or not all(isinstance(name, str) and name.strip() for name in given):
+        raise InvalidSetting(f"names: expected one or more words to look for, given {names!r}")
+    return given
+
+
+def _open(image: Any, max_pixels: int) -> "Image":
     """As an upright RGB picture, opened as ``lightning predict`` does."""
     from PIL import Image
 
     from common.pictures import BadPicture, open_picture, upright_rgb
 
     if isinstance(image, Tensor):
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-            raise ValueError(
-                f"image: expected uint8 [3, H, W], given {image.dtype} {list(image.shape)}"
-            )
+        if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
+            raise InvalidSetting(_no_image("a tensor", "uint8 [3, H, W]", image))
         return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-    if not isinstance(image, str | Path):
+    if isinstance(image, np.ndarray):
+        colours = image.shape[2:] in ((), (3,), (4,))
+        if image.ndim not in (2, 3) or not colours or image.dtype != np.uint8:
+            raise InvalidSetting(_no_image("an array", "uint8 [H, W, 3], or [H, W]", image))
+        return upright_rgb(Image.fromarray(np.ascontiguousarray(image)))
+    if isinstance(image, Image.Image):
         return upright_rgb(image)
+    if not isinstance(image, str | Path):
+        raise InvalidSetting(
+            "image: expected a path, a PIL image, a tensor or an array, or a list of these, given "
+            f"{type(image).__name__}"
+        )
     try:
         return open_picture(Path(image).read_bytes(), max_pixels)
     except FileNotFoundError:
         raise MissingFile(f"{image}: no such file in {Path.cwd()}") from None
+    except IsADirectoryError:
+        hint = f'list its pictures, such as sorted(Path("{image}").glob("*.jpg"))'
+        raise InvalidSetting(f"{image} is a folder: {hint}") from None
     except BadPicture as error:
         raise InvalidSetting(f"{image}: {error}") from None
     except Exception as error:  # broken bytes may break a decoder in any way
         raise InvalidSetting(f"{image} can't be read as a picture: {error}") from error
+
+
+def _no_image(what: str, expected: str, given: Any) -> str:
+    hint = ""
+    if given.ndim == 4:
+        hint = ". Of several images: list(x)"
+    elif "float" in str(given.dtype):
+        convert = "(x * 255).round().to(torch.uint8)"
+        if isinstance(given, np.ndarray):
+            convert = "(x * 255).round().astype(np.uint8)"
+        hint = f". Of floats in [0, 1]: {convert}"
+    shape = list(given.shape)
+    return f"image: {what} is expected to be {expected}, given {given.dtype} {shape}{hint}"
 
 
 def _squash(picture: "Image", size: tuple[int, int]) -> "Image":

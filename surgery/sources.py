@@ -27,7 +27,7 @@ _HUB = "hf-hub:"
 DEMO = "demo"
 """Model and tag of the tiny CLIP inside this package, trained on the drawn world."""
 
-_DEMO_FOLDER = Path(__file__).parent / "demo_clip"
+DEMO_FOLDER = Path(__file__).parent / "demo_clip"
 _RANDOM_SEED = 0
 _RESNET_STRIDE = 32
 _SILENCE = 5.0  # seconds of a download until it is spoken of
@@ -91,7 +91,7 @@ def build(model: str, pretrained: str | None, quick_gelu: bool | None) -> Source
     import open_clip
 
     if model == DEMO and pretrained == DEMO:
-        pretrained = str(_DEMO_FOLDER / "model.safetensors")
+        pretrained = str(DEMO_FOLDER / "model.safetensors")
     model = _settle(model)
     config, preprocess = _model_config(model)
     path: str | None = None
@@ -172,7 +172,7 @@ def _settle(model: str) -> str:
     import open_clip
 
     if model == DEMO:
-        return str(_DEMO_FOLDER / "config.json")
+        return str(DEMO_FOLDER / "config.json")
     dashed = model.replace("/", "-")  # OpenAI writes ViT-B/16
     return dashed if dashed in open_clip.list_models() else model
 

@@ -1,5 +1,6 @@
 """The texts that images are compared with, and what a single one is compared with."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,11 @@ from torch import Tensor
 
 from surgery.backbone import Backbone
 from surgery.prompts import TEMPLATES, encode_prompts
+from surgery.tokens import piece
+
+log = logging.getLogger(__name__)
+
+_FEW = 60  # words of a vocabulary that is told in full
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,11 @@ class Texts:
     def encode(
         cls, backbone: Backbone, names: Sequence[str], templates: Sequence[str] = TEMPLATES
     ) -> "Texts":
-        """Names in all templates, see `encode_prompts`; of a single one, the empty text as well."""
+        """Names in all templates, see `encode_prompts`; of a single one, the empty text as well.
+
+        Names with words that the model was never taught are warned of.
+        """
+        warn_of_unknown(backbone, names)
         texts = cls(encode_prompts(backbone, backbone.tokenizer, names, templates))
         return cls(texts.features, texts.redundant(backbone))
 
@@ -72,3 +82,40 @@ def empty_text(backbone: Backbone) -> Tensor:
     """Feature [1, C] of the empty text, not normalised, in float32."""
     with torch.no_grad(), torch.autocast(backbone.device.type, enabled=False):
         return backbone.encode_text(backbone.tokenizer([""]).to(backbone.device)).float()
+
+
+def warn_of_unknown(backbone: Backbone, names: Sequence[str]) -> None:
+    """Warn of names with words that the weights know nothing of, as those of the demo do of most."""
+    taught = backbone.text_tower.taught()
+    if taught is None or taught.all():
+        return
+    unknown = {name: words for name in names if (words := unknown_words(backbone, name, taught))}
+    if not unknown:
+        return
+    told = (
+        f"{name!r}" if words == name.split() else f"{name!r} ({', '.join(words)})"
+        for name, words in unknown.items()
+    )
+    ids = taught.nonzero()[:, 0].tolist()
+    vocabulary = sorted(word for i in ids if (word := piece(backbone.tokenizer, i)).isalpha())
+    few = f": {', '.join(vocabulary)}" if len(vocabulary) <= _FEW else ""
+    log.warning(
+        "%s was never taught the words of %s: their maps and scores mean nothing. It knows %d words%s",
+        backbone.title,
+        ", ".join(told),
+        len(vocabulary),
+        few,
+    )
+
+
+def unknown_words(backbone: Backbone, name: str, taught: Tensor) -> list[str]:
+    """Words of a name with a token that is not among those of which ``taught`` [V] is true."""
+    words = name.split()
+    if not words:
+        return []
+    rows = backbone.tokenizer(words)
+    return [
+        word
+        for word, ids, end in zip(words, rows, rows.argmax(dim=-1), strict=True)
+        if not taught[ids[1:end]].all()
+    ]

@@ -1,7 +1,15 @@
-"""Heat maps over images, with torch alone."""
+"""Heat maps over images, and pictures of several."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_SMALLEST = 160  # pixels: shorter side of a panel, so that there is room for its title
 
 
 def jet(values: Tensor) -> Tensor:
@@ -38,3 +46,46 @@ def heat_map(image: Tensor, values: Tensor, *, opacity: float = 0.6) -> Tensor:
         )
     mixed = image.float().lerp(jet(values).float(), opacity)
     return mixed.round().to(torch.uint8)
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[tuple[str, Tensor]]], largest: int | None = None
+) -> "Image":
+    """Panels with their titles above them, on white.
+
+    Args:
+        rows: titles and pictures uint8 [H, W, 3], all of one size; rows may differ in length.
+        largest: longer side of a panel in pixels; None: its own. Small ones are enlarged by a whole
+            number.
+
+    Returns:
+        The picture.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = rows[0][0][1].shape[:2]
+    scale: float = max(1, -(-_SMALLEST // min(height, width)))
+    if largest is not None:
+        scale = largest / max(height, width)
+    width, height = max(1, round(scale * width)), max(1, round(scale * height))
+    letters = max(12, width // 20)
+    head = round(1.7 * letters)
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (columns * width, len(rows) * (head + height)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, row in enumerate(rows):
+        top = i * (head + height)
+        for j, (title, pixels) in enumerate(row):
+            panel = Image.fromarray(pixels.cpu().numpy())
+            if panel.size != (width, height):
+                panel = panel.resize((width, height), Image.Resampling.BICUBIC)
+            sheet.paste(panel, (j * width, top + head))
+            size = letters
+            while size > 9 and ImageFont.load_default(size).getlength(title) > width - 4:
+                size -= 1
+            font = ImageFont.load_default(size)
+            while len(title) > 1 and font.getlength(title) > width - 4:
+                title = f"{title[:-2]}\N{HORIZONTAL ELLIPSIS}"
+            place = ((j + 0.5) * width, top + head / 2)
+            draw.text(place, title, fill="black", font=font, anchor="mm")
+    return sheet

@@ -78,6 +78,14 @@ class TextTower:
             raise ValueError(f"weights: expected [T, L, {len(table)}], given {list(weights.shape)}")
         return self._project(self._run(weights.to(table.dtype) @ table))
 
+    def taught(self) -> Tensor | None:
+        """Which tokens of the vocabulary the weights know, bool [V]; None: there is no saying.
+
+        A token that no weights were stored for has nothing but zeros.
+        """
+        table = getattr(getattr(self._text, "token_embedding", None), "weight", None)
+        return None if table is None else (table != 0).any(dim=1).cpu()
+
     def _states(self, token_ids: Tensor) -> Tensor:
         return self._run(self._text.token_embedding(token_ids))
 
