@@ -14,7 +14,7 @@ from common.errors import InvalidSetting
 from surgery.backbone import Backbone
 from surgery.features import similarity_map
 from surgery.precision import widen
-from surgery.towers import ImageTokens, Step, Visitor
+from surgery.towers import ImageTokens, Step, Visitor, ViT
 
 ATTENTIONS = ("raw", "consistent")
 """Self-attention as CLIP has it, softmax(q k^T) (Eq. 2), and the paper's, softmax(v v^T) (Eq. 3)."""
@@ -43,14 +43,19 @@ class Inside:
 
 
 def check_blocks(backbone: Backbone) -> None:
-    """Refuse a backbone without the modules that `look_inside` shows: a ResNet.
+    """Refuse a backbone without the modules that `look_inside` shows: ResNets, and some others.
 
     Raises:
         InvalidSetting: it is one.
     """
-    if not backbone.tower.has_modules:
+    if not isinstance(backbone.tower, ViT):
         raise InvalidSetting(
             f"{backbone.name}: a ResNet has no attention and FFN modules to look into"
+        )
+    if not backbone.tower.has_modules:
+        raise InvalidSetting(
+            f"{backbone.name}: the analyses show what modules add to the class token; this image tower "
+            f"{backbone.tower.pooled_by}"
         )
 
 
@@ -65,7 +70,7 @@ def look_inside(backbone: Backbone, images: Tensor) -> Inside:
         What there was to see.
 
     Raises:
-        InvalidSetting: a ResNet, which has no such blocks.
+        InvalidSetting: see `check_blocks`.
     """
     check_blocks(backbone)
     tower, notes = backbone.tower, _Notes(backbone.tower.depth - 1)

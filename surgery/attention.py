@@ -190,6 +190,7 @@ def attend(
     v: Tensor,
     *,
     start: int = 0,
+    prefix: int = 1,
     bias: Tensor | None = None,
     temperature: Tensor | None = None,
     earlier: Tensor | None = None,
@@ -202,6 +203,7 @@ def attend(
         k: as ``q``.
         v: as ``q``.
         start: the first token that is a query (1 leaves the class token out; it is always a key).
+        prefix: how many tokens are before the cells: the class token, or none.
         bias: [L, L], added to the logits.
         temperature: [B, 1, 1, 1], what unit-length logits are multiplied with; needed when
             `recipe.iterations` > 0.
@@ -233,7 +235,7 @@ def attend(
                 scale = 1.0
             own = mask
             if recipe.alignment_rounds:
-                keys, centred = _aligned(queries, keys, recipe.alignment_rounds)
+                keys, centred = _aligned(queries, keys, recipe.alignment_rounds, prefix)
                 more = recipe.alpha * centred[:, :, start:] @ centred.transpose(-2, -1)
                 more = (more * queries.shape[-1] ** -0.5).to(q.dtype)
                 own = more if mask is None else mask + more
@@ -262,7 +264,7 @@ def _cluster(x: Tensor, temperature: Tensor, iterations: int) -> tuple[Tensor, T
     return x * temperature.to(x.dtype), x
 
 
-def _aligned(q: Tensor, k: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+def _aligned(q: Tensor, k: Tensor, rounds: int, prefix: int) -> tuple[Tensor, Tensor]:
     """PEARL's alignment of keys with queries, per head, in float32.
 
     With w = lengths of q, 0 for the class token, divided by their sum, and q', k' without their weighted
@@ -273,6 +275,7 @@ def _aligned(q: Tensor, k: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
         q: [B, heads, L, d_head].
         k: of the same shape.
         rounds: of Newton-Schulz.
+        prefix: how many tokens are before the cells.
 
     Returns:
         k R in their precision, and k' in float32; [B, heads, L, d_head] each.
@@ -280,7 +283,7 @@ def _aligned(q: Tensor, k: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         queries, keys = widen(q), widen(k)
         weights = queries.norm(dim=-1, keepdim=True)
-        weights[:, :, 0] = 0
+        weights[:, :, :prefix] = 0
         weights = weights / (weights.sum(dim=2, keepdim=True) + 1e-6)
         queries, centred = (x - (weights * x).sum(dim=2, keepdim=True) for x in (queries, keys))
         turn = centred.transpose(-2, -1) @ queries
@@ -316,14 +319,16 @@ def balanced(weights: Tensor, rounds: int) -> Tensor:
     return found / found.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(found.dtype).tiny)
 
 
-def neighbour_bias(grid: tuple[int, int], std: float, device: torch.device) -> Tensor:
-    """NACLIP's omega [1 + h*w, 1 + h*w] in float32: exp(-distance^2 / (2 std^2)) between cells.
+def neighbour_bias(
+    grid: tuple[int, int], std: float, device: torch.device, *, prefix: int = 1
+) -> Tensor:
+    """NACLIP's omega [prefix + h*w, prefix + h*w] in float32: exp(-distance^2 / (2 std^2)) between cells.
 
-    Distances are in cells; the class token's row and column are 0.
+    Distances are in cells; rows and columns of the tokens before the cells (the class token) are 0.
     """
     rows, columns = torch.meshgrid(
         *(torch.arange(n, dtype=torch.float32, device=device) for n in grid), indexing="ij"
     )
     cells = torch.stack([rows.flatten(), columns.flatten()], dim=1)
     squared = (cells[:, None] - cells[None]).square().sum(-1)
-    return F.pad(torch.exp(-squared / (2 * std**2)), (1, 0, 1, 0))
+    return F.pad(torch.exp(-squared / (2 * std**2)), (prefix, 0, prefix, 0))

@@ -305,7 +305,7 @@ class Backbone(nn.Module):
         own, native = self.tower.positions, self.tower.grid(self.tower.native)
         if grid == native and self.recipe.position != "none":
             return own
-        key = (grid, self.recipe.position, own.device, own.dtype, id(own), own._version)
+        key = (grid, self.recipe.position, own.device, own.dtype, own.data_ptr(), own._version)
         if key not in self._positions:
             if len(self._positions) >= _CACHED_GRIDS:
                 self._positions.clear()

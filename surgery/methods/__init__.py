@@ -26,7 +26,7 @@ from surgery.methods import (
     surgery,
 )
 from surgery.texts import Texts
-from surgery.towers import ResNet, Tower, ViT
+from surgery.towers import OpenClipViT, ResNet, Tower, ViT
 
 __all__ = ["METHODS", "Method", "check_method", "check_methods", "check_towers", "explain"]
 
@@ -45,6 +45,8 @@ class Method:
             images as fit the memory. The network's weights are frozen; what a gradient is wanted of
             has to be asked for.
         towers: for which it is defined.
+        class_token: it reads how the class token comes by what it knows, and is not defined for a tower
+            that makes its image feature of patch tokens.
         cosines: its values are cosines or differences of such, so that float16 holds them; of others
             only float32 does, since their size is anything.
     """
@@ -54,11 +56,12 @@ class Method:
     cost: str = "1 forward an image"
     gradients: bool = False
     towers: tuple[type[Tower], ...] = (ViT, ResNet)
+    class_token: bool = False
     cosines: bool = True
 
     def needs(self) -> str:
         """Of which towers, whether gradients, and what it costs: one line."""
-        towers = " or ".join(tower.__name__ for tower in self.towers)
+        towers = " or ".join(tower.kind for tower in self.towers)
         return f"{towers}; {'gradients' if self.gradients else 'no gradients'}; {self.cost}"
 
 
@@ -86,6 +89,7 @@ METHODS: dict[str, Method] = {
         "text through the projection (of a ResNet, its attention pool)",
         gradients=True,
         cosines=False,
+        class_token=True,
     ),
     "bi_modal": Method(
         bi_modal.explain,
@@ -94,13 +98,15 @@ METHODS: dict[str, Method] = {
         gradients=True,
         towers=(ViT,),
         cosines=False,
+        class_token=True,
     ),
     "plrp": Method(
         plrp.explain,
         "partial LRP: relevance handed back from the score to the last block's attention",
         "1 forward an image; the last block's class token backwards a text",
-        towers=(ViT,),
+        towers=(OpenClipViT,),
         cosines=False,
+        class_token=True,
     ),
     "legrad": Method(
         legrad.explain,
@@ -109,14 +115,16 @@ METHODS: dict[str, Method] = {
         gradients=True,
         towers=(ViT,),
         cosines=False,
+        class_token=True,
     ),
     "grad_eclip": Method(
         grad_eclip.explain,
         "Grad-ECLIP: values along the gradient of the cosine, weighted by nearness of keys",
         "1 forward an image, 1 backward a text through the last block's feed-forward part",
         gradients=True,
-        towers=(ViT,),
+        towers=(OpenClipViT,),
         cosines=False,
+        class_token=True,
     ),
 }
 
@@ -187,10 +195,15 @@ def check_towers(names: Sequence[str], backbone: Backbone) -> None:
     for name in names:
         towers = METHODS[name].towers
         if not isinstance(backbone.tower, towers):
-            kinds = " or ".join(kind.__name__ for kind in towers)
+            kinds = " or ".join(kind.kind for kind in towers)
             raise InvalidSetting(
                 f"method {name!r} is defined for a {kinds}, and the image tower of {backbone.name} is a "
-                f"{type(backbone.tower).__name__}"
+                f"{backbone.tower.kind}"
+            )
+        if METHODS[name].class_token and not backbone.tower.has_class_token:
+            raise InvalidSetting(
+                f"method {name!r} reads what the class token attends to, and the image tower of "
+                f"{backbone.name} {backbone.tower.pooled_by}"
             )
 
 

@@ -40,17 +40,17 @@ class Recorder(Visitor):
 
 
 def class_cosines(backbone: Backbone, x: Tensor, text: Tensor) -> Tensor:
-    """Cosines of class tokens with texts.
+    """Cosines of the images' features (class tokens, as a rule) with texts.
 
     Args:
         backbone: whose projection it is.
-        x: [B, L, D] tokens of the last block, the class token first.
+        x: [B, L, D] tokens of the last block, as `Tower.run` returns them.
         text: [T, C].
 
     Returns:
         [B, T]; times `Backbone.logit_scale` they are CLIP's logits.
     """
-    return similarity(backbone.tower.project(x[:, :1]), text)[:, 0]
+    return similarity(backbone.tower.pool(x)[:, None], text)[:, 0]
 
 
 def gradients(scores: Tensor, inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:

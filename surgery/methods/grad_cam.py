@@ -49,7 +49,7 @@ def explain(backbone: Backbone, images: Tensor, texts: Texts) -> Tensor:
     visitor = _Features(plain.tower)
     x = plain.walk(images, visitor, class_only=True)
     logits = plain.logit_scale * class_cosines(plain, x, texts.features)
-    start = 0 if visitor.pooled else 1
+    start = 0 if visitor.pooled else plain.tower.prefix
     features = visitor.features[:, start:].detach()
     maps = []
     for (gradient,) in gradients(logits, [visitor.features]):

@@ -18,12 +18,14 @@ from surgery.towers._tower import (
     merge_heads,
     split_heads,
 )
+from surgery.towers.open_clip_vit import OpenClipViT
 from surgery.towers.resnet import ResNet
 from surgery.towers.vit import ViT
 
 __all__ = [
     "TOWERS",
     "ImageTokens",
+    "OpenClipViT",
     "Plan",
     "ResNet",
     "Step",
@@ -38,7 +40,7 @@ __all__ = [
 
 TOWERS: dict[str, type[Tower]] = {
     "ModifiedResNet": ResNet,
-    "VisionTransformer": ViT,
+    "VisionTransformer": OpenClipViT,
 }
 """Class name of open_clip's module -> how its tokens are read."""
 

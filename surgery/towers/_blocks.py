@@ -27,6 +27,11 @@ def workspace(mlp: Any, x: Tensor) -> Tensor | None:
     return room
 
 
+def add(x: Tensor, more: Tensor) -> Tensor:
+    """The sum, written into x unless gradients are recorded."""
+    return x + more if torch.is_grad_enabled() else x.add_(more)
+
+
 def norm_tokens(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """A block's norm, also of tokens that are kept in more bits than its weights have."""
     same = x.dtype == norm.weight.dtype

@@ -9,7 +9,6 @@ from torch import Tensor
 from surgery.attention import Pair, attend, balanced, neighbour_bias
 from surgery.precision import widen
 from surgery.smoothing import aggregate, attention, floor, mend, outliers, similarities
-from surgery.towers._blocks import add_attention, add_mlp, heads, norm_tokens
 from surgery.towers._tower import Plan, Step, Visitor, temperature
 
 
@@ -22,8 +21,10 @@ class NewPath(Visitor):
         self.recipe, self.first, self.grid = plan.recipe, first, grid
         self.reads_queries = plan.recipe.asks_with_queries
         self.apart = plan.recipe.ffn == "only"
+        self.prefix = plan.prefix
         # Nobody reads the new path's class token, unless the new path attends over itself.
-        self.start = 0 if plan.new_class_token or plan.recipe.reads == "itself" else 1
+        whole = plan.new_class_token or plan.recipe.reads == "itself"
+        self.start = 0 if whole else plan.prefix
         self.bias: Tensor | None = None
         blocks = plan.recipe.attention_blocks
         self.attentions = range(first + plan.blocks)[slice(*blocks)] if blocks else range(0)
@@ -37,7 +38,8 @@ class NewPath(Visitor):
         y = widen(step.x[:, self.start :])
         self.y = y.clone(memory_format=torch.contiguous_format)
         if self.recipe.neighbour_std is not None:
-            self.bias = neighbour_bias(self.grid, self.recipe.neighbour_std, step.x.device)
+            std = self.recipe.neighbour_std
+            self.bias = neighbour_bias(self.grid, std, step.x.device, prefix=self.prefix)
 
     def attend(self, step: Step) -> Tensor:
         if step.index >= self.first and not self.apart:
@@ -55,20 +57,28 @@ class NewPath(Visitor):
             self.y = self.y + step.fed[:, self.start :]
 
     def _advance(self, step: Step) -> None:
-        recipe, block, y = self.recipe, step.block, self.y
+        recipe, tower, block, y = self.recipe, step.tower, step.block, self.y
         read, q, k, v = step.normed, step.q, step.k, step.v
         if recipe.reads == "itself":
-            read = norm_tokens(block.ln_1, y)
-            q, k, v = heads(block.attn, read)
+            read = tower.read(block, y)
+            q, k, v = tower.heads(block, read, rotary=step.rotary)
         warmth = temperature(read, q.shape[-1]) if recipe.iterations else None
         earlier = None if self.earlier is None else balanced(self.earlier, step.index + 1)
         output = attend(
-            recipe, q, k, v, start=self.start, bias=self.bias, temperature=warmth, earlier=earlier
+            recipe,
+            q,
+            k,
+            v,
+            start=self.start,
+            prefix=self.prefix,
+            bias=self.bias,
+            temperature=warmth,
+            earlier=earlier,
         )
         if not recipe.residual:
             y = torch.zeros_like(y)
-        y = add_attention(block, y, output)
-        self.y = add_mlp(block, y, step.hidden) if recipe.ffn else y
+        y = tower.add_attention(block, y, output)
+        self.y = tower.add_mlp(block, y, step.hidden) if recipe.ffn else y
 
 
 class SmoothedPath(NewPath):
@@ -119,13 +129,13 @@ class SmoothedPath(NewPath):
         self, step: Step, x: Tensor, class_token: Tensor, seen: Tensor, pairs: tuple[Pair, ...]
     ) -> Tensor:
         """Attention over cells x [B, N, D] alone, the class token's share, and the average."""
-        block = step.block
-        q, k, v = heads(block.attn, norm_tokens(block.ln_1, x))
+        tower, block = step.tower, step.block
+        q, k, v = tower.heads(block, tower.read(block, x), rotary=step.rotary)
         others = tuple(pair for pair in pairs if pair != "similarity")
         output = seen[:, None].to(v.dtype) @ v
         if others:
             own = replace(self.recipe, pairs=others, combine="sum")
-            output = (output + attend(own, q, k, v)) / len(pairs)
+            output = (output + attend(own, q, k, v, prefix=0)) / len(pairs)
         zero = torch.zeros_like(x)
-        x = add_attention(block, zero, output) + self.recipe.class_share * class_token
+        x = tower.add_attention(block, zero, output) + self.recipe.class_share * class_token
         return aggregate(self.smoothing, x)

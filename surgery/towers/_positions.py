@@ -14,7 +14,7 @@ def resize_positions(
     """Position embeddings of the native grid, resized to another.
 
     Args:
-        positions: [1 + h0*w0, D], the class token's first.
+        positions: [P + h0*w0, D], those of P tokens before the cells first: 1, the class token, or 0.
         native: (h0, w0).
         grid: (h, w).
         mode: "bilinear" (CLIP Surgery; no corner alignment, no antialias); "bicubic" (GEM, with
@@ -23,14 +23,15 @@ def resize_positions(
             scale factor); "none": zeros.
 
     Returns:
-        [1 + h*w, D] in float32 (or float64).
+        [P + h*w, D] in float32 (or float64).
     """
     positions = widen(positions.detach())
+    prefix = len(positions) - native[0] * native[1]
     if mode == "none":
-        return positions.new_zeros(1 + grid[0] * grid[1], positions.shape[1])
+        return positions.new_zeros(prefix + grid[0] * grid[1], positions.shape[1])
     if grid == native:
         return positions
-    cells = positions[1:].reshape(1, *native, -1).permute(0, 3, 1, 2)
+    cells = positions[prefix:].reshape(1, *native, -1).permute(0, 3, 1, 2)
     if mode == "bilinear":
         cells = F.interpolate(cells, size=grid, mode="bilinear", align_corners=False)
     elif mode == "bicubic":
@@ -40,4 +41,4 @@ def resize_positions(
         cells = F.interpolate(cells, scale_factor=factors, mode="bicubic", align_corners=False)
     else:
         raise InvalidSetting(f"unknown position embedding resize {mode!r}")
-    return torch.cat([positions[:1], cells.flatten(2)[0].T])
+    return torch.cat([positions[:prefix], cells.flatten(2)[0].T])

@@ -3,7 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,13 +11,20 @@ from torch import Tensor
 from common.errors import InvalidSetting
 from surgery.attention import Recipe
 
+_POOLED_BY = {
+    "class": "makes its image feature of the class token",
+    "mean": "makes its image feature of the mean of its patch tokens, and not of a class token",
+    "attention": "makes its image feature by attention over its tokens, and not of a class token",
+}
+
 
 @dataclass(frozen=True)
 class ImageTokens:
     """What an image tower says of B images: projected to the joint space, NOT normalised.
 
     Attributes:
-        class_token: [B, C].
+        class_token: [B, C], the image's feature; of a tower without a class token what it pools from
+            its patch tokens.
         patch_tokens: [B, h*w, C], row by row.
         grid: (h, w).
     """
@@ -35,16 +42,18 @@ class Plan:
         recipe: how the new path is computed.
         blocks: how many of the last blocks are reformed; 0 is plain CLIP.
         new_class_token: the class token is the new path's, and not CLIP's own.
+        prefix: how many tokens the tower has before the patches' own.
     """
 
     recipe: Recipe
     blocks: int
     new_class_token: bool
+    prefix: int = 1
 
 
 @dataclass
 class Step:
-    """One block while it runs, as a `Visitor` finds it. L tokens, the class token first.
+    """One block while it runs, as a `Visitor` finds it. L tokens, the tower's `prefix` first.
 
     Attributes:
         index: of the block, from 0.
@@ -58,6 +67,8 @@ class Step:
         attended, fed: [B, L, D] what attention and feed-forward part add to x, in `Visitor.leave`,
             for a visitor that wants them `apart`.
         hidden: room for the inner features of a feed-forward part, or None.
+        tower: whose block it is.
+        rotary: what turns queries and keys of the cells, or None.
     """
 
     index: int
@@ -71,6 +82,8 @@ class Step:
     attended: Tensor | None = None
     fed: Tensor | None = None
     hidden: Tensor | None = None
+    tower: Any = None
+    rotary: Tensor | None = None
 
     def weights(self) -> Tensor:
         """CLIP's own attention: [B, heads, L, L], rows of the first `kept` tokens only."""
@@ -110,18 +123,22 @@ class Tower(ABC):
     """An image tower, on the weights of one of open_clip's modules.
 
     Attributes:
+        kind: what it is called in messages.
         visual: open_clip's module.
         patch_size: (height, width) of a grid cell in pixels.
         native: (height, width) in pixels of the images it was made for.
         depth: how many blocks can be reformed.
-        has_modules: whether a block has an attention and a feed-forward part, each of which adds to
-            its tokens.
+        prefix: how many tokens are before the patches' own: 1, the class token, as a rule.
+        pooling: what the image's feature is made of: the class token, the mean of the patch tokens, or
+            an attention pooling over all tokens.
     """
 
+    kind: ClassVar[str]
     visual: Any
     patch_size: tuple[int, int]
     depth: int
-    has_modules: ClassVar[bool]
+    prefix: int = 1
+    pooling: Literal["class", "mean", "attention"] = "class"
 
     def __init__(self, visual: Any) -> None:
         self.visual = visual
@@ -129,9 +146,27 @@ class Tower(ABC):
         self.native: tuple[int, int] = (side, side) if isinstance(side, int) else tuple(side)
 
     @property
+    def has_class_token(self) -> bool:
+        """Whether the first token, and it alone, is none of a patch, and becomes the image's feature."""
+        return self.pooling == "class" and self.prefix == 1
+
+    @property
+    def pooled_by(self) -> str:
+        """Where the image's feature comes from, in words."""
+        return _POOLED_BY[self.pooling]
+
+    @property
+    def has_modules(self) -> bool:
+        """Whether blocks have an attention and a feed-forward part, which add to a class token."""
+        return False
+
+    @property
     @abstractmethod
     def positions(self) -> Tensor:
-        """The weights' own position embeddings [1 + h*w, D], of the native grid."""
+        """The weights' own position embeddings [P + h*w, D], of the native grid.
+
+        P is `prefix`, or 0 where the tokens before the patches' own have none.
+        """
 
     @abstractmethod
     def run(
@@ -146,12 +181,13 @@ class Tower(ABC):
 
         Args:
             images: [B, 3, H, W], normalised; H and W multiples of `patch_size`.
-            positions: position embeddings [1 + h*w, D] of this grid.
+            positions: position embeddings [P + h*w, D] of this grid.
             visitor: called at every block.
-            class_only: the last block is only wanted for the class token.
+            class_only: the last block is only wanted for the image's feature.
 
         Returns:
-            Tokens [B, 1 + h*w, D] ([B, 1, D] with `class_only`) for `project`.
+            Tokens [B, prefix + h*w, D] for `project` and `pool` ([B, 1, D] with `class_only`, where
+            there is a class token).
         """
 
     @abstractmethod
@@ -162,6 +198,14 @@ class Tower(ABC):
             x: of the last block.
             norm: with the norm before the projection, where the tower has one.
         """
+
+    def pool(self, x: Tensor) -> Tensor:
+        """The image's feature [B, C] of all tokens of the last block, or of its class token alone.
+
+        Args:
+            x: [B, prefix + h*w, D], or [B, 1, D] where there is a class token.
+        """
+        return self.project(x[:, :1])[:, 0]
 
     @abstractmethod
     def encode(self, images: Tensor, positions: Tensor, plan: Plan) -> ImageTokens:
@@ -187,7 +231,7 @@ class Tower(ABC):
             asked = min(recipe.blocks, self.depth)
         reformed = asked if recipe.pairs else 0
         new = recipe.released_class_token == "new"
-        return Plan(recipe, reformed, new_class_token=released and new)
+        return Plan(recipe, reformed, released and new, self.prefix)
 
     def last_blocks(self, blocks: int | str) -> int:
         """How many last blocks these are: at most all there are, or from the one called "from N" on.

@@ -24,7 +24,7 @@ from surgery.towers._tower import (
 class ResNet(Tower):
     """The attention pool is its one block; a `Visitor` enters with the cells of `layer4`."""
 
-    has_modules = False
+    kind = "ResNet"
 
     def __init__(self, visual: Any) -> None:
         super().__init__(visual)

@@ -1,47 +1,58 @@
-"""CLIP's Vision Transformer: open_clip's `VisionTransformer` with a class token."""
+"""What all Vision Transformers have in common: one loop over the blocks, and the recipes' new paths.
 
+Whose blocks they are, and what they are made of, is said by `open_clip_vit.py`, `timm_vit.py` and
+`eva.py`; the recipes' paths of tokens are in `_paths.py`.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import InvalidSetting
 from surgery.attention import Recipe
-from surgery.precision import wide_norm, widen
-from surgery.towers._blocks import add_attention, add_mlp, heads, workspace
+from surgery.towers._blocks import add
 from surgery.towers._paths import NewPath, SmoothedPath
-from surgery.towers._tower import ImageTokens, Plan, Step, Tower, Visitor, merge_heads
+from surgery.towers._tower import ImageTokens, Plan, Step, Tower, Visitor
 
 _LARGE = 24
 """Blocks of ViT-L."""
 
 
 class ViT(Tower):
-    """A stack of blocks, each an attention and an MLP beside a residual connection."""
+    """A stack of blocks, each an attention and a feed-forward part beside a residual connection.
 
-    has_modules = True
+    A subclass says of what: how images become tokens, the parts of a block, and the way from the last
+    block to the joint space.
 
-    def __init__(self, visual: Any) -> None:
-        super().__init__(visual)
-        self.patch_size = (visual.patch_size[0], visual.patch_size[1])
-        self.depth = len(visual.transformer.resblocks)
+    Attributes:
+        blocks: the library's modules, from the first one on.
+    """
+
+    kind = "ViT"
+    blocks: Sequence[Any]
 
     @property
-    def positions(self) -> Tensor:
-        """The tower's."""
-        positions: Tensor = self.visual.positional_embedding
-        return positions
+    def has_modules(self) -> bool:
+        """Where a class token gathers what the modules add."""
+        return self.has_class_token
 
     def plan(self, recipe: Recipe, blocks: int | str, released: bool) -> Plan:
         """Settle a recipe; see `Tower.plan`.
 
         Raises:
-            InvalidSetting: also where it names a block that isn't before the last one.
+            InvalidSetting: also where it names a block that isn't before the last one, or reads a class
+                token that the tower has not.
         """
         if recipe.large is not None and self.depth == _LARGE:
             recipe = recipe.large
         last = recipe.last_block_read
+        if last is not None and not self.has_class_token:
+            raise InvalidSetting(
+                "this recipe reads the class token of the blocks before the last one; this image tower "
+                f"{self.pooled_by}. Recipes without `similarity_block` can be had of it."
+            )
         if last is not None and last >= self.depth - 1:
             raise InvalidSetting(
                 f"this recipe reads blocks up to {last} (from 0) before the last one, and the tower "
@@ -60,40 +71,34 @@ class ViT(Tower):
     ) -> Tensor:
         """Patches through all blocks; see `Tower.run`."""
         visitor = visitor or Visitor()
-        x = self._embed(images, positions)
-        blocks = self.visual.transformer.resblocks
-        hidden = None if visitor.apart else workspace(blocks[0].mlp, x)
-        for index, block in enumerate(blocks):
-            kept = 1 if class_only and index == len(blocks) - 1 else None
-            step = Step(index, block, x, kept, hidden=hidden)
+        class_only = class_only and self.pooling == "class"
+        x = self.embed(images, positions)
+        rotary = self.rotary(self.grid((images.shape[2], images.shape[3])))
+        hidden = None if visitor.apart else self.workspace(x)
+        for index, block in enumerate(self.blocks):
+            kept = 1 if class_only and index == len(self.blocks) - 1 else None
+            step = Step(index, block, x, kept, hidden=hidden, tower=self, rotary=rotary)
             visitor.enter(step)
-            step.normed = block.ln_1(step.x)
+            step.normed = self.read(block, step.x)
             if kept is None or visitor.reads_queries:
-                step.q, step.k, step.v = heads(block.attn, step.normed)
+                step.q, step.k, step.v = self.heads(block, step.normed, rotary=rotary)
             else:
-                (step.q,) = heads(block.attn, step.normed[:, :kept], "q")
-                step.k, step.v = heads(block.attn, step.normed, "kv")
+                (step.q,) = self.heads(block, step.normed[:, :kept], "q")
+                step.k, step.v = self.heads(block, step.normed, "kv", rotary)
             output = visitor.attend(step)
             x = step.x if kept is None else step.x[:, :kept].contiguous()
             if visitor.apart:
-                out = block.attn.out_proj
-                step.attended = block.ls_1(F.linear(merge_heads(output), out.weight, out.bias))
+                step.attended = self.attended(block, output)
                 x = x + step.attended
-                step.fed = block.ls_2(block.mlp(block.ln_2(x)))
+                step.fed = self.fed(block, x)
                 x = x + step.fed
             else:
-                x = add_attention(block, x, output)
-                x = add_mlp(block, x, hidden)
+                x = self.add_attention(block, x, output)
+                x = self.add_mlp(block, x, hidden)
             step.x = x
             visitor.leave(step)
             x = step.x
         return x
-
-    def project(self, x: Tensor, *, norm: bool = True) -> Tensor:
-        """`ln_post` and projection; see `Tower.project`."""
-        with torch.autocast(x.device.type, enabled=False):
-            x = wide_norm(self.visual.ln_post, x) if norm else widen(x)
-            return x @ self.visual.proj.to(x.dtype)
 
     def encode(self, images: Tensor, positions: Tensor, plan: Plan) -> ImageTokens:
         """Tokens by a plan; see `Tower.encode`.
@@ -102,24 +107,63 @@ class ViT(Tower):
             y <- y + out_proj(attention(ln_1(x)))           (recipe "surgery", Eq. 6-7 of the paper)
             x <- the block as it always was
         and at the end patches come from y and the class token from x, both through ln_post and
-        projection. In the last block only x's class token is still of use, so only it is computed.
+        projection. In the last block only x's class token is still of use, so only it is computed
+        (all of x, where the class token is made of the patches).
         """
         grid = self.grid((images.shape[2], images.shape[3]))
         if not plan.blocks:
             x = self.run(images, positions)
-            return ImageTokens(self.project(x[:, :1])[:, 0], self.project(x[:, 1:]), grid)
+            return ImageTokens(self.pool(x), self.project(x[:, self.prefix :]), grid)
         kind = NewPath if plan.recipe.similarity_block is None else SmoothedPath
         path = kind(plan, self.depth - plan.blocks, grid)
-        x = self.run(images, positions, path, class_only=not path.apart)[:, :1]
-        class_token = self.project(path.y[:, :1] if plan.new_class_token else x)[:, 0]
-        return ImageTokens(class_token, self.project(path.y[:, 1 - path.start :]), grid)
+        x = self.run(images, positions, path, class_only=not path.apart)
+        class_token = self.pool(path.y if plan.new_class_token else x)
+        return ImageTokens(class_token, self.project(path.y[:, self.prefix - path.start :]), grid)
 
-    def _embed(self, images: Tensor, positions: Tensor) -> Tensor:
-        """Class token and patches through ln_pre, [B, 1 + h*w, D]."""
-        visual = self.visual
-        x = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)
-        class_token = visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
-        x = torch.cat([class_token, x], dim=1) + positions.to(x.dtype)
-        x = visual.ln_pre(x)
-        # Under autocast too, what all blocks add up is kept in float32: it halves their rounding.
-        return widen(x) if torch.is_autocast_enabled(x.device.type) else x
+    @abstractmethod
+    def embed(self, images: Tensor, positions: Tensor) -> Tensor:
+        """Tokens [B, prefix + h*w, D] that enter the first block."""
+
+    def rotary(self, grid: tuple[int, int]) -> Tensor | None:
+        """What turns queries and keys of the cells of a grid, for `heads`; None where nothing does."""
+        return None
+
+    @abstractmethod
+    def read(self, block: Any, x: Tensor) -> Tensor:
+        """What a block's projections read of tokens x [B, L, D]; x may be wider than the weights."""
+
+    @abstractmethod
+    def heads(
+        self, block: Any, normed: Tensor, which: str = "qkv", rotary: Tensor | None = None
+    ) -> list[Tensor]:
+        """Projections as the block's attention takes them: normed and turned where it does that.
+
+        Args:
+            block: of `blocks`.
+            normed: [B, L, D], of `read`; the cells are the last of them.
+            which: neighbours in "qkv".
+            rotary: of the cells' grid.
+
+        Returns:
+            As many as asked for, [B, heads, L, d_head] each.
+        """
+
+    @abstractmethod
+    def attended(self, block: Any, output: Tensor) -> Tensor:
+        """What a block adds to its tokens for what they saw [B, heads, L, d_head]: [B, L, D]."""
+
+    @abstractmethod
+    def fed(self, block: Any, x: Tensor) -> Tensor:
+        """What the feed-forward part of a block adds to tokens x [B, L, D]."""
+
+    def workspace(self, x: Tensor) -> Tensor | None:
+        """Room for the inner features of tokens x [B, L, D] in every block, where that is of use."""
+        return None
+
+    def add_attention(self, block: Any, x: Tensor, output: Tensor) -> Tensor:
+        """x [B, L, D] plus `attended`, written into x unless gradients are recorded."""
+        return add(x, self.attended(block, output))
+
+    def add_mlp(self, block: Any, x: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """x [B, L, D] plus `fed`, as `add_attention` does it; `hidden` is a `workspace`."""
+        return add(x, self.fed(block, x))
