@@ -372,7 +372,7 @@ def profile(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         "encode": spent("surgery/backbone.py", "encode_image"),
         "similarity, surgery": spent("surgery/features.py", "similarity", "feature_surgery"),
         "maps": spent("surgery/features.py", "similarity_map")
-        + spent("surgery/windows.py", "best_text"),
+        + spent("surgery/labels.py", "label_maps"),
         "metrics": spent("surgery/metrics/", "update"),
     }
     table = {

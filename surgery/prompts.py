@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.errors import InvalidSetting
 from common.files import write_atomically
 from surgery.backbone import Backbone
 
@@ -109,7 +110,52 @@ TEMPLATES: tuple[str, ...] = (
     "this is one {} in the scene.",
 )
 
+VILD: tuple[str, ...] = (
+    "a photo of a {}.",
+    "This is a photo of a {}",
+    "There is a {} in the scene",
+    "There is the {} in the scene",
+    "a photo of a {} in the scene",
+    "a photo of a small {}.",
+    "a photo of a medium {}.",
+    "a photo of a large {}.",
+    "This is a photo of a small {}.",
+    "This is a photo of a medium {}.",
+    "This is a photo of a large {}.",
+    "There is a small {} in the scene.",
+    "There is a medium {} in the scene.",
+    "There is a large {} in the scene.",
+)
+TEMPLATE_SETS: Mapping[str, tuple[str, ...]] = {
+    "surgery": TEMPLATES,
+    "openai": TEMPLATES[:80],
+    "vild": VILD,
+    "car": ("a clean origami {}.", *VILD),
+}
+"""Templates by name: CLIP Surgery's, OpenAI's for ImageNet, ViLD's (four have no full stop), and those of
+CLIP as RNN (CaR), which CLIPer uses."""
+
 _FORMAT = "1"  # part of every key: changes when the features would
+
+
+def find_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
+    """The templates that a name, a single template or a list of them stands for.
+
+    Raises:
+        InvalidSetting: no such name, or a template without one {}.
+
+    Example:
+        >>> len(find_templates("openai")), find_templates("a photo of a {}.")
+        (80, ('a photo of a {}.',))
+    """
+    if isinstance(templates, str):
+        templates = TEMPLATE_SETS.get(templates, (templates,))
+    if not templates or (odd := [one for one in templates if one.count("{}") != 1]):
+        what = f"not {odd[0]!r}" if templates else "and there are none"
+        raise InvalidSetting(
+            f"templates are {', '.join(TEMPLATE_SETS)}, or texts with one {{}} each, {what}"
+        )
+    return tuple(templates)
 
 
 def encode_prompts(

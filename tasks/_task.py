@@ -17,7 +17,7 @@ from common.errors import InvalidSetting
 from datamodules import DATASETS
 from datamodules._datamodule import ShardDataModule
 from datamodules._samples import DatasetInfo
-from surgery import Backbone, ImageTokens, Texts, explain, load_backbone
+from surgery import TEMPLATES, Backbone, ImageTokens, Texts, explain, load_backbone
 from surgery.methods import check_towers
 from tasks import TASKS
 from tasks._text_features import read_text_features
@@ -88,6 +88,9 @@ class Task(LightningModule):
 
     methods: Sequence[str] = ()
     """What explains the images, where the task does that; see `surgery.METHODS`."""
+
+    prompt_templates: Sequence[str] = TEMPLATES
+    """What words are put into, each with one {}."""
 
     texts: Texts | None = None
     """The class texts, unit features [T,C]; no part of the network, so no precision is theirs."""
@@ -202,7 +205,7 @@ class Task(LightningModule):
             if strategy.root_device.type == "cuda":
                 self.backbone.fingerprint()  # part of the cache's key; not of weights far away
                 self.backbone.to(strategy.root_device)
-            found = Texts.encode(self.backbone, words).to("cpu")
+            found = Texts.encode(self.backbone, words, self.prompt_templates).to("cpu")
             self.backbone.to("cpu")  # where all ranks have it until Lightning moves it
         texts: Texts = strategy.broadcast(found, src=0)
         return texts

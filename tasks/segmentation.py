@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import InvalidSetting
 from datamodules._datamodule import ShardDataModule
 from datamodules._samples import VOID, Batch, DatasetInfo
-from surgery.windows import best_texts, cut_windows, window_similarities
+from surgery.labels import Refine, Rules, label_maps
+from surgery.prompts import find_templates
+from surgery.refine import REFINEMENTS
+from surgery.windows import cut_windows, window_similarities
 from tasks._draw import label_figure
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks._transfer import alike, fetch
@@ -27,6 +33,8 @@ class Segmentation(Task):
     of several words (``--data.synonyms``) counts by the best of them. Where the data set has
     background words (``--data.background true``) or ``prob_thd`` is given, the background is a
     class of its own, 0 in the label map; otherwise background pixels of the truth don't count.
+    What other evaluations do after that (``refine``, ``area_thd``, ``prob_thd``) is done in their order,
+    see `surgery.labels`.
 
     Where the truth is one mask a class (COCO), pixels of several classes are void, and those of none
     are background.
@@ -44,6 +52,16 @@ class Segmentation(Task):
         window: side in pixels of a sliding window; cosines are averaged where windows overlap.
         stride: pixels from one window to the next; half of ``window`` by default.
         text_features: features of the class texts from a file, see `Task`; in place of synonyms.
+        refine: pamr makes the cosines follow the colours of the image, at the label's size.
+        area_thd: in each image, an object that has not more than this share of the pixels of all objects
+            gives way to the next likely class. Needs a background.
+        softmax: float16 has cosines, their softmax and the thresholds in halves, as some published
+            evaluations do on GPUs.
+        templates: what the words are put into: surgery (the 85 of CLIP Surgery's code), openai (the
+            first 80 of these, OpenAI's for ImageNet), vild, car, or a list of one's own with a {} each.
+        rest: what becomes of pixels beyond the last whole patch of an image or a window: pad fills the
+            patch up with the mean colour, drop leaves them out and stretches the cosines over them.
+        enlarge: cosines of a whole image go to the label's size once, or twice: to the image's first.
     """
 
     needs = ("classes",)
@@ -64,10 +82,20 @@ class Segmentation(Task):
         window: int | None = None,
         stride: int | None = None,
         text_features: str | None = None,
+        refine: Literal["pamr"] | None = None,
+        area_thd: float | None = None,
+        softmax: Literal["float32", "float16"] = "float32",
+        templates: str | list[str] = "surgery",
+        rest: Literal["pad", "drop"] = "pad",
+        enlarge: Literal["once", "twice"] = "once",
     ) -> None:
         super().__init__(backbone, text_features)
         if prob_thd is not None and not 0 <= prob_thd <= 1:
             raise InvalidSetting(f"--model.prob_thd is a probability in [0, 1], got {prob_thd}")
+        if area_thd is not None and not 0 <= area_thd <= 1:
+            raise InvalidSetting(f"--model.area_thd is a share in [0, 1], got {area_thd}")
+        if refine is not None and refine not in REFINEMENTS:
+            raise InvalidSetting(f"--model.refine: {', '.join(REFINEMENTS)}, not {refine!r}")
         if tile is not None and window is not None:
             raise InvalidSetting("give --model.tile (no overlap) or --model.window, not both")
         if stride is not None and (window is None or not 0 < stride <= window):
@@ -80,6 +108,13 @@ class Segmentation(Task):
         self.tile = tile
         self.window = window
         self.stride = stride
+        self.refine = refine
+        self.area_thd = area_thd
+        self.softmax = softmax
+        self.templates = templates
+        self.prompt_templates = find_templates(templates)
+        self.rest = rest
+        self.enlarge = enlarge
         self.register_buffer("values", torch.empty(0, dtype=torch.int64), persistent=False)
 
     def check_data(self, datamodule: ShardDataModule) -> None:
@@ -89,6 +124,11 @@ class Segmentation(Task):
             raise InvalidSetting(
                 f"{datamodule.info.name} has no background: its label value 0 is "
                 f"{datamodule.info.classes[0]!r}; leave out --model.background and --model.prob_thd"
+            )
+        if self.area_thd is not None and not self.background_words(datamodule.info):
+            raise InvalidSetting(
+                "--model.area_thd needs words for the background, which is what remains where no object "
+                "is large enough: --data.background true"
             )
 
     def background_words(self, info: DatasetInfo) -> tuple[str, ...]:
@@ -129,22 +169,22 @@ class Segmentation(Task):
         images = list(batch.images)
         sizes = [(image.shape[1], image.shape[2]) for image in images]
         windows = [cut_windows(size, window, stride) for size in sizes]
-        scores = window_similarities(self.backbone, images, windows, self.texts.features)
-        scale = None if self.prob_thd is None else self.logit_scale
+        scores = window_similarities(
+            self.backbone, images, windows, self.texts.features, rest=self.rest
+        )
         samples, groups = batch.samples, alike(batch.samples, [1] * len(images), self.device)
         found: list[Tensor] = []
         for group in groups:
-            word, probability = best_texts(
+            size = samples[group[0]].size
+            predicted = label_maps(
                 [scores[i] for i in group],
                 [windows[i] for i in group],
                 [sizes[i] for i in group],
-                samples[group[0]].size,
+                size,
                 self.backbone.patch_size,
-                scale=scale,
+                self.rules(),
+                self.refiner([images[i] for i in group], size),
             )
-            predicted = self.values[word]
-            if probability is not None and self.prob_thd is not None:
-                predicted = predicted.where(probability >= self.prob_thd, 0)
             labels = [s.label for i in group if (s := samples[i]).label is not None]
             self.measures.update(predicted, labels, [samples[i].positives or () for i in group])
             # As narrow as their values, before they leave the device; torch has few 16-bit integers.
@@ -156,6 +196,31 @@ class Segmentation(Task):
             self._result(sample.key, images[i], maps[i], len(windows[i]))
             for i, sample in enumerate(samples)
         ]
+
+    def rules(self) -> Rules:
+        """How the cosines of words become the label of a pixel."""
+        return Rules(
+            values=self.values,
+            scale=self.logit_scale,
+            threshold=self.prob_thd,
+            area=self.area_thd,
+            half=self.softmax == "float16",
+            by_image_size=self.enlarge == "twice",
+        )
+
+    def refiner(
+        self, images: Sequence[Tensor], size: tuple[int, int]
+    ) -> Callable[[int], Refine] | None:
+        """What refines the maps of each of some images at a size; None for nothing."""
+        if self.refine is None:
+            return None
+        begin = REFINEMENTS[self.refine]
+
+        def refine(i: int) -> Refine:
+            pixels = self.backbone.preprocess(images[i][None])
+            return begin(F.interpolate(pixels, size=size, mode="bilinear", align_corners=False))
+
+        return refine
 
     def _result(self, key: str, image: Tensor, labels: np.ndarray, windows: int) -> ImageResult:
         shares = np.bincount(labels.ravel()) / labels.size

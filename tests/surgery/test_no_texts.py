@@ -11,6 +11,7 @@ from surgery.analysis import (
     map_likeness,
     strongest,
 )
+from surgery.labels import best_text
 from surgery.metrics import (
     ClassMean,
     MeanAveragePrecision,
@@ -18,7 +19,7 @@ from surgery.metrics import (
     ThresholdIoU,
 )
 from surgery.points import combined_points
-from surgery.windows import Window, best_text
+from surgery.windows import Window
 
 NO_TEXT = torch.empty(0, 4)
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from surgery import similarity_to_points, windows
+from surgery import labels, similarity_to_points
+from surgery.labels import best_text
 from surgery.points import combined_points
-from surgery.windows import Window, best_text, cut_windows, window_similarities
+from surgery.windows import Window, cut_windows, window_similarities
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def test_a_stride_over_the_window_is_refused():
 @pytest.mark.parametrize("budget", [1, 700, 1 << 24])
 def test_few_texts_at_a_time_give_the_same(monkeypatch, budget):
     scores = torch.randn(9, 4, 5, generator=torch.Generator().manual_seed(0)) / 10
-    monkeypatch.setattr(windows, "_NUMBERS_AT_ONCE", budget)
+    monkeypatch.setattr(labels, "_NUMBERS_AT_ONCE", budget)
     whole = [Window(0, 0, 32, 40)]
     index, probability = best_text([scores], whole, (32, 40), (13, 22), (8, 8), scale=40.0)
     dense = F.interpolate(scores[None], size=(13, 22), mode="bilinear")[0]

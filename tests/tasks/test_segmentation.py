@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
+from common.errors import InvalidSetting
 from datamodules._drawing import NOUNS
 from datamodules._samples import DatasetInfo
-from surgery import encode_prompts, load_backbone
+from surgery import TEMPLATES, encode_prompts, load_backbone
+from surgery.refine import pamr
 from tasks import Segmentation
 from tasks.__main__ import main
 from tasks.measures.segmentation import truth_map
@@ -57,12 +59,16 @@ def backbone(tiny):
     return load_backbone(str(tiny))
 
 
+def pictured(scenes: Path, key: str, side: int) -> torch.Tensor:
+    """One scene as uint8 [1,3,S,S], from its PNG."""
+    data = {k: v for p in scenes.glob("*.tar") for k, v in members(p).items()}[f"{key}.png"]
+    picture = Image.open(io.BytesIO(data)).resize((side, side), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+
+
 def cosines(backbone, scenes: Path, key: str, words: list[str]) -> torch.Tensor:
     """[T,h,w] of one scene, computed from its PNG."""
-    data = {k: v for p in scenes.glob("*.tar") for k, v in members(p).items()}[f"{key}.png"]
-    picture = Image.open(io.BytesIO(data)).resize((48, 48), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
-    tokens = backbone.encode_image(backbone.preprocess(pixels))
+    tokens = backbone.encode_image(backbone.preprocess(pictured(scenes, key, 48)))
     text = encode_prompts(backbone, backbone.tokenizer, words)
     return (F.normalize(tokens.patch_tokens, dim=-1) @ text.T)[0].T.unflatten(1, tokens.grid)
 
@@ -133,6 +139,37 @@ def test_background_words_and_probability(predict, scenes, backbone, tmp_path):
     stored = label_maps(run)["00000003"]
     assert (stored == expected.numpy()).mean() > 0.999
     assert 0 < (stored == 0).mean() < 1
+
+
+def test_post_steps_in_the_order_of_published_evaluations(predict, scenes, backbone, tmp_path):
+    key, words = "00000012", [*NOUNS, "background"]
+    run = predict(
+        tmp_path / "run",
+        *("--model.background=[background]", "--model.refine=pamr", "--model.area_thd=0.2"),
+        *("--model.templates=openai", "--model.logit_scale=300", "--model.prob_thd=0.6"),
+        *("--data.image_size=50", "--model.rest=drop", "--model.enlarge=twice"),
+        task="Segmentation",
+    )
+    pixels = backbone.preprocess(pictured(scenes, key, 50))
+    tokens = backbone.encode_image(pixels[..., :48, :48])
+    text = encode_prompts(backbone, backbone.tokenizer, words, TEMPLATES[:80])
+    maps = (F.normalize(tokens.patch_tokens, dim=-1) @ text.T).transpose(1, 2).unflatten(2, (6, 6))
+    for size in (50, 64):
+        maps = F.interpolate(maps, size=(size, size), mode="bilinear")
+    likely = (300 * pamr(F.interpolate(pixels, size=(64, 64), mode="bilinear"), maps)).softmax(1)[0]
+    found = likely.argmax(0)
+    objects = torch.bincount(found[found < 12], minlength=13)
+    small = objects[:12] <= 0.2 * objects.sum()
+    assert objects[:12][small].sum() > 100
+    likely[:12][small] = 0
+    expected = (likely.argmax(0) + 1) * (likely.amax(0) >= 0.6) % 13
+    assert (label_maps(run)[key] == expected.numpy()).mean() > 0.999
+    assert len(expected.unique()) > 2
+
+
+def test_a_small_object_needs_a_background_to_give_way_to(command, tmp_path, capsys):
+    assert main(command(tmp_path, "--model.area_thd=0.1", task="Segmentation")) == 1
+    assert "--data.background true" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -241,8 +278,17 @@ class TestTextFeatures:
 
 @pytest.mark.parametrize(
     "options",
-    [{"tile": 4, "window": 4}, {"stride": 2}, {"window": 4, "stride": 5}, {"prob_thd": 40.0}],
+    [
+        {"tile": 4, "window": 4},
+        {"stride": 2},
+        {"window": 4, "stride": 5},
+        {"prob_thd": 40.0},
+        {"area_thd": 2.0},
+        {"refine": "crf"},
+        {"templates": ["no place"]},
+        {"templates": "opnai"},
+    ],
 )
 def test_options_that_make_no_sense_are_refused(options):
-    with pytest.raises(ValueError, match="--model"):
+    with pytest.raises(InvalidSetting, match=r"model|templates are surgery, openai"):
         Segmentation(**options)
