@@ -19,7 +19,7 @@ from common.errors import InvalidSetting
 from common.pictures import MAX_PIXELS
 from datamodules._contents import describe_file
 from datamodules._dataset_json import read_dataset_json
-from datamodules._decode import Decoder
+from datamodules._decode import Decoder, Resize
 from datamodules._device_decode import decode_pending, load_decoder
 from datamodules._download import Archive
 from datamodules._loader import BatchLoader
@@ -50,7 +50,9 @@ class ShardDataModule(LightningDataModule):
             its ranks, and at most 8 where the model itself wants those cores.
         image_size: side, or (height, width), of the images; by default the model's own.
         resize: ``squash`` to that size, as in the paper, or ``short_side``: the shorter side gets that
-            size and the aspect ratio is kept, rounded to whole patches.
+            size and the aspect ratio is kept, rounded to whole patches; ``opencv``: the same without
+            rounding to patches, bilinear and without antialiasing, which gives the very pixels that
+            evaluations on mmsegmentation see.
         decoder: ``pillow`` decodes and resizes in the loader workers, the same pixels everywhere.
             ``torchcodec`` leaves common JPEGs to the device of the model, nvJPEG on a GPU, for GPUs
             that the workers can't feed. Its pixels differ: at 224 x 224 by 0.15 of 255 on average
@@ -93,7 +95,7 @@ class ShardDataModule(LightningDataModule):
         batch_size: int = 8,
         num_workers: int | None = None,
         image_size: int | tuple[int, int] | None = None,
-        resize: Literal["squash", "short_side"] = "squash",
+        resize: Resize = "squash",
         decoder: Literal["pillow", "torchcodec"] = "pillow",
         names: list[str] | str | None = None,
         synonyms: str = "none",
@@ -125,8 +127,8 @@ class ShardDataModule(LightningDataModule):
             raise InvalidSetting(
                 f"--data.max_error_rate is a share in [0, 1], got {max_error_rate}"
             )
-        if resize == "short_side" and not isinstance(image_size, int | None):
-            raise InvalidSetting("--data.resize short_side needs one number as --data.image_size")
+        if resize != "squash" and not isinstance(image_size, int | None):
+            raise InvalidSetting(f"--data.resize {resize} needs one number as --data.image_size")
         self.info = worded(self.info, read_names(names), self.wordings, synonyms, background)
         self.shards = shards
         self.batch_size = batch_size

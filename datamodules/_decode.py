@@ -18,6 +18,7 @@ from common.pictures import (
     open_picture,
     size_if_plain,
 )
+from datamodules._resize import MAX_LONG_SIDE, opencv_bilinear, opencv_size
 from datamodules._samples import VOID, DatasetInfo, Encoded, Sample
 from datamodules._tar import BadSample, Entry, Span, read_member, said_by
 
@@ -25,7 +26,9 @@ LABEL = "label.png"
 MASK = "mask.png"
 MAX_IMAGE_BYTES = 512 << 20
 MAX_TEXT_BYTES = 1 << 20
-MAX_LONG_SIDE = 2048
+
+Resize = Literal["squash", "short_side", "opencv"]
+"""What ``--data.resize`` offers."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Decoder:
         need_label: whether a sample without its label is an error.
         resize: ``squash`` gives every image this size, as in the paper. ``short_side`` keeps the
             aspect ratio up to rounding: the shorter side gets the smaller of ``size``, but the
-            longer one not more than 2048.
+            longer one not more than 2048. ``opencv`` does so to the pixel, and as OpenCV does it.
         multiple: (height, width) of a patch; ``short_side`` rounds to multiples of it.
         keep_original: also give the image as it was before it was resized.
         defer: leave the JPEGs that every decoder reads alike to be decoded later.
@@ -49,7 +52,7 @@ class Decoder:
     size: tuple[int, int]
     max_pixels: int
     need_label: bool = True
-    resize: Literal["squash", "short_side"] = "squash"
+    resize: Resize = "squash"
     multiple: tuple[int, int] = (1, 1)
     keep_original: bool = False
     defer: bool = False
@@ -89,8 +92,10 @@ class Decoder:
                 f"the image is {size[1]}x{size[0]}"
             )
         height, width = self.target_size(size)
-        image: torch.Tensor | Encoded = Encoded(data, (height, width))
-        if picture is not None:
+        image: torch.Tensor | Encoded = Encoded(data, (height, width), self.resize == "opencv")
+        if picture is not None and self.resize == "opencv":
+            image = opencv_bilinear(to_tensor(picture), (height, width))
+        elif picture is not None:
             image = to_tensor(picture.resize((width, height), Image.Resampling.BICUBIC))
         positives = self._positives(record, label)
         return Sample(
@@ -108,6 +113,8 @@ class Decoder:
         """(height, width) that an image of ``size`` is resized to."""
         if self.resize == "squash":
             return self.size
+        if self.resize == "opencv":
+            return opencv_size(size, min(self.size))
         scale = min(min(self.size) / min(size), MAX_LONG_SIDE / max(size))
         height, width = (
             max(round(side * scale / step), 1) * step

@@ -16,6 +16,7 @@ from torch import Tensor
 from common.errors import InvalidSetting
 from common.pictures import open_picture
 from datamodules._decode import reason_of, to_tensor
+from datamodules._resize import opencv_bilinear
 from datamodules._samples import Batch, Encoded, Sample, SampleError
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def decode_pending(
 ) -> Batch:
     """The batch with all images decoded and resized, on ``device``; bad ones become errors.
 
-    Resizing is bicubic and antialiased, in float32, rounded to uint8.
+    Resizing is bicubic and antialiased, in float32, rounded to uint8; or as OpenCV does it.
 
     Raises:
         RuntimeError: the device failed, which is no fault of the images.
@@ -80,7 +81,7 @@ def decode_pending(
                 samples[i] = None
                 continue
             samples[i] = sample._replace(
-                image=_resize(pixels, waiting[i].size),
+                image=_resize(pixels, waiting[i]),
                 original=pixels if keep_originals else sample.original,
             )
     kept = [sample for sample in samples if sample is not None]
@@ -135,6 +136,8 @@ def _warn_once(reason: str) -> None:
     log.warning("TorchCodec refused an image (%s); Pillow decodes such ones", reason)
 
 
-def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    pixels = F.interpolate(image[None].float(), size, mode="bicubic", antialias=True)
+def _resize(image: Tensor, wanted: Encoded) -> Tensor:
+    if wanted.opencv:
+        return opencv_bilinear(image, wanted.size)
+    pixels = F.interpolate(image[None].float(), wanted.size, mode="bicubic", antialias=True)
     return pixels[0].round_().clamp_(0, 255).to(torch.uint8)

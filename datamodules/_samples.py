@@ -157,10 +157,17 @@ class Wanted:
 
 
 class Encoded(NamedTuple):
-    """The bytes of an image file that is decoded later, and the (height, width) it gets then."""
+    """An image file that is decoded later.
+
+    Attributes:
+        data: its bytes.
+        size: the (height, width) that it gets then.
+        opencv: whether it gets it as OpenCV would resize it.
+    """
 
     data: bytes
     size: tuple[int, int]
+    opencv: bool = False
 
 
 class Sample(NamedTuple):

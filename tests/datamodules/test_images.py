@@ -143,7 +143,7 @@ def jpegs(photos):
     return photos
 
 
-@pytest.mark.parametrize("resize", ["squash", "short_side"])
+@pytest.mark.parametrize("resize", ["squash", "short_side", "opencv"])
 def test_torchcodec_decodes_what_pillow_does(resize, jpegs):
     options = {"resize": resize, "batch_size": 5}
     expected = batches_of(images(str(jpegs), **options))
@@ -365,14 +365,14 @@ def test_keys_are_safe_and_bounded():
     assert long != make_key(Path("é" * 301))
 
 
-def test_short_side_keeps_the_aspect_ratio(tmp_path):
+def test_the_aspect_ratio_is_kept(tmp_path):
     picture(tmp_path / "wide.png", (40, 100))
-    picture(tmp_path / "tall.png", (90, 30))
-    data = images(str(tmp_path), resize="short_side")
-    batch = batches_of(data)[0]
-    assert isinstance(batch.images, list)
-    assert [tuple(i.shape) for i in batch.images] == [(3, 24, 8), (3, 8, 20)]
-    assert sizes(batch) == [(90, 30), (40, 100)]
+    picture(tmp_path / "tall.png", (90, 31))
+    for resize, tall in (("short_side", (24, 8)), ("opencv", (23, 8))):
+        batch = batches_of(images(str(tmp_path), resize=resize))[0]
+        assert isinstance(batch.images, list)
+        assert [tuple(i.shape) for i in batch.images] == [(3, *tall), (3, 8, 20)]
+        assert sizes(batch) == [(90, 31), (40, 100)]
     alone = batches_of(images(str(tmp_path / "wide.png"), resize="short_side"))[0]
     assert isinstance(alone.images, torch.Tensor)
 

@@ -180,7 +180,10 @@ VOC = ("--config", "vit_b16_voc")
         ([*VOC, "--data.batch_size", "x"], "--data.batch_size: expected int, got 'x'"),
         ([*VOC, "--data.batch_size"], "--data.batch_size: expected one argument"),
         ([*VOC, "--model.backbone.image_size=x"], "image_size: expected int or null, got 'x'"),
-        ([*VOC, "--data.resize", "crop"], "expected 'squash' or 'short_side', got 'crop'"),
+        (
+            [*VOC, "--data.resize", "crop"],
+            "expected 'squash' or 'short_side' or 'opencv', got 'crop'",
+        ),
         ([*VOC, "--data.image_size=a"], "expected int or tuple[int, int] or null, got 'a'"),
         ([*VOC, "--trainer.max_epochs=x"], "--trainer.max_epochs: expected int or null, got 'x'"),
         ([*VOC, "--trainer.callbacks=Mine"], "--trainer.callbacks: expected"),
