@@ -368,10 +368,10 @@ def test_keys_are_safe_and_bounded():
 def test_the_aspect_ratio_is_kept(tmp_path):
     picture(tmp_path / "wide.png", (40, 100))
     picture(tmp_path / "tall.png", (90, 31))
-    for resize, tall in (("short_side", (24, 8)), ("opencv", (23, 8))):
+    for resize in ("short_side", "opencv"):
         batch = batches_of(images(str(tmp_path), resize=resize))[0]
         assert isinstance(batch.images, list)
-        assert [tuple(i.shape) for i in batch.images] == [(3, *tall), (3, 8, 20)]
+        assert [tuple(i.shape) for i in batch.images] == [(3, 23, 8), (3, 8, 20)]
         assert sizes(batch) == [(90, 31), (40, 100)]
     alone = batches_of(images(str(tmp_path / "wide.png"), resize="short_side"))[0]
     assert isinstance(alone.images, torch.Tensor)
