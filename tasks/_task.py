@@ -262,10 +262,12 @@ class Task(LightningModule):
         """The same, name -> [b,T,h,w], of all images at once, or of each where they differ in size."""
         assert self.texts is not None  # needs = ("classes",)
         for batch in self.pixels(images):
-            yield {
-                name: explain(self.backbone, batch, self.texts, name, **options)
-                for name, options in methods.items()
-            }
+            with self.backbone.encoding_once(batch):
+                maps = {
+                    name: explain(self.backbone, batch, self.texts, name, **options)
+                    for name, options in methods.items()
+                }
+            yield maps
 
     def new_measures(self) -> Measures:
         """Empty measures of this task on this data set."""

@@ -36,6 +36,7 @@ class Explainability(Task):
             for the plain cosine.
         tau: of the method surgery: temperature of the class weights in feature surgery.
         order: ``code`` min-maxes on the token grid and then enlarges, ``paper`` (Eq. 1) enlarges first.
+            The other one is measured beside (``mIoU_order_paper``, ``mSC_order_paper``).
         threshold: map value from which a pixel belongs to the written mask; the stored similarities
             allow any other afterwards. The reported mIoU is at the best threshold of the whole run.
         void: what void pixels (255) count as in the metrics: ``ignore``, or ``background``, the
@@ -97,17 +98,13 @@ class Explainability(Task):
                 similarities = {m: torch.cat([explained[i][m] for i in group]) for m in methods}
                 images = places
             size = batch.samples[group[0]].size
-            maps.append(
-                {m: self._maps(of[images, classes], size) for m, of in similarities.items()}
-            )
-            labels = [s.label for i in group if (s := batch.samples[i]).label is not None]
-            self.measures.update(maps[-1], labels, places, classes)
+            chosen = {m: of[images, classes] for m, of in similarities.items()}
+            maps.append({m: _maps(scores, size, self.order) for m, scores in chosen.items()})
+            if labels := [s.label for i in group if (s := batch.samples[i]).label is not None]:
+                other = self.measures.other
+                others = {m: _maps(scores, size, other) for m, scores in chosen.items()}
+                self.measures.update(maps[-1], others, labels, places, classes)
         return self._results(batch, shown, groups, explained, maps)
-
-    def _maps(self, scores: Tensor, size: tuple[int, int]) -> Tensor:
-        """Similarities [P,h,w] as maps [P,H,W]."""
-        grid = (scores.shape[1], scores.shape[2])
-        return similarity_map(scores.flatten(1).T[None], grid, size, order=self.order)[0]
 
     def _results(
         self,
@@ -155,6 +152,12 @@ class Explainability(Task):
                 draw = partial(draw_maps, image.cpu(), drawn[i], endings)
             results.append(ImageResult(sample.key, (ByMethod(said), facts), draw))
         return results
+
+
+def _maps(scores: Tensor, size: tuple[int, int], order: Literal["code", "paper"]) -> Tensor:
+    """Similarities [P,h,w] as maps [P,H,W]."""
+    grid = (scores.shape[1], scores.shape[2])
+    return similarity_map(scores.flatten(1).T[None], grid, size, order=order)[0]
 
 
 def stored(method: str, scores: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from surgery.features import merged_predictions, prediction_surgery
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks._text_features import read_text_features
 from tasks._transfer import fetch, send
-from tasks.measures.recognition import RecognitionMeasures, other_form
+from tasks.measures._measures import other_reading
+from tasks.measures.recognition import RecognitionMeasures
 from tasks.run.results import Facts, ImageResult, Scores
 
 
@@ -142,7 +143,7 @@ class Recognition(Task):
 
     def score(self, predictions: Tensor) -> dict[str, Tensor]:
         """Way of scoring -> scores [B,K]; the first one, "", is the task's own."""
-        other: Any = other_form(self.form)
+        other = other_reading(self.form)
         return {
             "": prediction_surgery(predictions, tau=self.tau, form=self.form),
             other: prediction_surgery(predictions, tau=self.tau, form=other),

@@ -118,6 +118,11 @@ class Measures:
                 metric.merge_state(part | lists)
 
 
+def other_reading(chosen: str) -> Literal["code", "paper"]:
+    """Where released code and paper differ, the one that was not chosen: it is measured beside."""
+    return "paper" if chosen == "code" else "code"
+
+
 def label_masks(
     label: Tensor,
     positives: Sequence[int] | Tensor,

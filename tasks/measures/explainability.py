@@ -10,7 +10,13 @@ from torch import Tensor
 
 from datamodules._samples import DatasetInfo
 from surgery.metrics import MeanScoreContrast, ThresholdIoU
-from tasks.measures._measures import Measures, Report, label_masks, report_by_method
+from tasks.measures._measures import (
+    Measures,
+    Report,
+    label_masks,
+    other_reading,
+    report_by_method,
+)
 
 
 class ExplainabilityMeasures(Measures):
@@ -18,15 +24,18 @@ class ExplainabilityMeasures(Measures):
 
     Args:
         info: the data set.
+        order: of min-max and enlarging in the maps; what the other one gives stands beside.
         threshold: map value in [0, 1] at which IoU is reported besides the best one.
         void: whether void pixels count not at all (``ignore``) or as ``background``.
         methods: what explains the images, each measured by itself; the first gives the headline.
     """
 
     def __init__(
-        self, info: DatasetInfo, threshold: float, void: str, methods: Sequence[str]
+        self, info: DatasetInfo, order: str, threshold: float, void: str, methods: Sequence[str]
     ) -> None:
         self.info = info
+        self.other = other_reading(order)
+        """The other order, whose maps are measured beside."""
         self.threshold = threshold
         self.void = void
         self.methods = list(methods)
@@ -34,6 +43,9 @@ class ExplainabilityMeasures(Measures):
         count = len(info.classes)
         self.contrast = {method: MeanScoreContrast(count) for method in measured}
         self.iou = {method: ThresholdIoU(count) for method in measured}
+        self.others = {
+            method: (MeanScoreContrast(count), ThresholdIoU(count)) for method in measured
+        }
         super().__init__(
             {
                 name: metric
@@ -41,17 +53,25 @@ class ExplainabilityMeasures(Measures):
                 for name, metric in (
                     (f"{method}.contrast", self.contrast[method]),
                     (f"{method}.iou", self.iou[method]),
+                    (f"{method}.other_contrast", self.others[method][0]),
+                    (f"{method}.other_iou", self.others[method][1]),
                 )
             }
         )
 
     def update(
-        self, maps: Mapping[str, Tensor], labels: Sequence[Tensor], images: Tensor, classes: Tensor
+        self,
+        maps: Mapping[str, Tensor],
+        others: Mapping[str, Tensor],
+        labels: Sequence[Tensor],
+        images: Tensor,
+        classes: Tensor,
     ) -> None:
         """Add images of one size.
 
         Args:
             maps: method -> maps [P,H,W] in [0, 1], of all positive labels, image after image.
+            others: the same in the other order.
             labels: the truth of each image, label maps or masks, see `label_masks`; without any,
                 nothing is counted.
             images: int64 [P], place of each positive label's image among them.
@@ -73,6 +93,8 @@ class ExplainabilityMeasures(Measures):
         for method, values in maps.items():
             self.contrast[method].update(values, foreground, valid, classes)
             self.iou[method].update(values, foreground, valid, classes)
+            for metric in self.others[method]:
+                metric.update(others[method], foreground, valid, classes)
 
     def report(self) -> Report:
         """mIoU at the best threshold and mSC, with the class-wise numbers."""
@@ -82,7 +104,7 @@ class ExplainabilityMeasures(Measures):
         return report_by_method(
             self.info.classes,
             columns,
-            means={method: _means(of) for method, of in columns.items()},
+            means={method: self._means(method) for method in self.methods},
             details={method: self._details(method) for method in self.methods},
             beside=("IoU", "SC"),
         )
@@ -100,6 +122,11 @@ class ExplainabilityMeasures(Measures):
             "mIoU_all_foreground": float(iou.at(0.0)),
         }
 
-
-def _means(columns: dict[str, Tensor]) -> dict[str, float]:
-    return {f"m{name}": float(columns[name].nanmean()) for name in ("IoU", "SC")}
+    def _means(self, method: str) -> dict[str, float]:
+        contrast, iou = self.others[method]
+        return {
+            "mIoU": float(self.iou[method].per_class().nanmean()),
+            "mSC": float(self.contrast[method].per_class().nanmean()),
+            f"mIoU_order_{self.other}": float(iou.per_class().nanmean()),
+            f"mSC_order_{self.other}": float(contrast.per_class().nanmean()),
+        }

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from datamodules._samples import DatasetInfo
 from surgery.metrics import MeanAveragePrecision
-from tasks.measures._measures import Measures, Report, by_class
+from tasks.measures._measures import Measures, Report, by_class, other_reading
 
 
 class RecognitionMeasures(Measures):
@@ -22,7 +22,7 @@ class RecognitionMeasures(Measures):
     def __init__(self, info: DatasetInfo, form: str) -> None:
         self.info = info
         self.form = form
-        ways = ("", other_form(form), "softmax", "cosine")
+        ways = ("", other_reading(form), "softmax", "cosine")
         self.precision = {way: MeanAveragePrecision(len(info.classes)) for way in ways}
         super().__init__({way or "surgery": metric for way, metric in self.precision.items()})
 
@@ -52,8 +52,3 @@ class RecognitionMeasures(Measures):
                 ],
             },
         )
-
-
-def other_form(form: str) -> str:
-    """The form of feature surgery that is measured beside."""
-    return "paper" if form == "code" else "code"

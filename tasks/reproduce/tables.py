@@ -53,7 +53,10 @@ ABLATIONS = {
 MEAN = "Mean difference"
 """Table 1's last row: ours minus CLIP, over all backbones."""
 
-_FORM = "Feature surgery in the released code's form, unless a setting says otherwise (docs/fidelity.md)."
+_FORM = (
+    "Feature surgery and the order of min-max and enlarging as in the released code, unless a setting "
+    "says otherwise (docs/fidelity.md)."
+)
 
 
 def readings(number: Number) -> tuple[Reading, ...]:
@@ -101,11 +104,25 @@ def _explain(number: Number) -> list[Reading]:
 
 
 def _ablate(number: Number) -> list[Reading]:
+    """Table 3, with what the paper's form and order give beside: never two of them in one setting."""
+    method = STAGES[number.row]
+    forms = {"": "", "form=paper": "_paper"} if method == "surgery" else {"": ""}
     if number.metric == "mAP":  # on the original path, whatever the architecture
-        metric = "mAP" if STAGES[number.row] == "surgery" else "mAP_softmax"
-        return [Reading(_config(number, "pascal_context_recognition"), metric)]
+        config = _config(number, "pascal_context_recognition")
+        if method != "surgery":
+            return [Reading(config, "mAP_softmax")]
+        return [Reading(config, f"mAP{end}", setting=setting) for setting, end in forms.items()]
     config = _config(number, EXPLAIN[number.data])
-    return [Reading(config, number.metric, method=STAGES[number.row])]
+    return [
+        Reading(
+            config,
+            f"{number.metric}{order}",
+            method=f"{method}{form}",
+            setting=" ".join(filter(None, (setting, "order=paper" if order else ""))),
+        )
+        for setting, form in forms.items()
+        for order in ("", "_order_paper")
+    ]
 
 
 def _reform(number: Number) -> list[Reading]:

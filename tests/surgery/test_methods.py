@@ -139,3 +139,27 @@ def test_both_forms_of_feature_surgery_and_none_have_names(inputs, network):
         found = explain(backbone, images, texts, method=name)
         assert torch.equal(found, explain(backbone, images, texts, form=form))
         assert not torch.equal(found, explain(backbone, images, texts))
+
+
+def test_methods_that_share_tokens_encode_the_images_once(inputs, network, monkeypatch):
+    images, texts = inputs("vit")
+    backbone = network("vit")
+    names = ("surgery", "surgery_paper", "architecture", "clip", "rclip")
+    with torch.inference_mode():  # where products round otherwise
+        alone = {name: explain(backbone, images, texts, method=name) for name in names}
+    encoded = []
+    encode = type(backbone.tower).encode
+
+    def counted(tower, pixels, *rest):
+        encoded.append(pixels)
+        return encode(tower, pixels, *rest)
+
+    monkeypatch.setattr(type(backbone.tower), "encode", counted)
+    with torch.inference_mode(), backbone.encoding_once(images):
+        for name in names:
+            assert torch.equal(explain(backbone, images, texts, method=name), alone[name])
+        assert len(encoded) == 2
+        explain(backbone, images.flip(0), texts)
+        assert len(encoded) == 3
+    explain(backbone, images, texts)
+    assert len(encoded) == 4

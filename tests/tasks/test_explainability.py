@@ -53,7 +53,9 @@ def test_an_image_has_masks_scores_and_a_record(finished):
 
 
 def test_metrics_equal_a_plain_numpy_computation(finished):
+    """Those of the order that was asked for, and of the paper's, which stand beside."""
     contrast: dict[int, list[float]] = {}
+    beside: dict[int, list[float]] = {}
     maps: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
     for index in range(20):
         found = members(finished / f"{index // 6:06d}.tar")
@@ -64,8 +66,12 @@ def test_metrics_equal_a_plain_numpy_computation(finished):
             scaled = bilinear((grid - grid.min()) / (grid.max() - grid.min()), 64, 64)
             truth = label == value
             contrast.setdefault(value, []).append(scaled[truth].mean() - scaled[~truth].mean())
+            paper = (scaled - scaled.min()) / (scaled.max() - scaled.min())
+            beside.setdefault(value, []).append(paper[truth].mean() - paper[~truth].mean())
             maps.setdefault(value, []).append((scaled, truth))
-    expected = np.mean([np.mean(values) for values in contrast.values()])
+    expected, paper = (
+        np.mean([np.mean(values) for values in of.values()]) for of in (contrast, beside)
+    )
 
     def mean_iou(threshold: float) -> float:
         ious = []
@@ -79,6 +85,8 @@ def test_metrics_equal_a_plain_numpy_computation(finished):
     assert summary["images"] == 20
     assert summary["errors"] == 0
     assert summary["metrics"]["mSC"] == pytest.approx(expected, abs=2e-3)
+    gained = summary["metrics"]["mSC_order_paper"] - summary["metrics"]["mSC"]
+    assert gained == pytest.approx(paper - expected, rel=0.2)
     best = max(mean_iou(t / 256) for t in range(256))
     assert summary["metrics"]["mIoU"] == pytest.approx(best, abs=2e-3)
     assert summary["details"]["mIoU_all_foreground"] == pytest.approx(mean_iou(0.0), abs=1e-9)
