@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 STOP = tuple(
@@ -65,7 +65,7 @@ class _Listener:
             self.hand_on(number)
         insists = number == signal.SIGINT and time.monotonic() > self.since + _PATIENCE
         if self.state == "leave" or insists:
-            self._leave()
+            self.leave()
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The handler of signals: runs in the main thread, between two steps of Python."""
@@ -82,17 +82,24 @@ class _Listener:
             if signal.getsignal(number) != self.handle:
                 signal.signal(number, self.handle)
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """End the process now, from whichever thread, with one line."""
         if self._leaving.acquire(blocking=False):
             reason = self.reason
             hint = "; run again to go on" if isinstance(reason, Stopped) else ""
-            start = "\n" if sys.stderr.isatty() else ""  # after the terminal's ^C, or a bar
             if speaks():
-                os.write(2, f"{start}{self.command}: {reason}{hint}\n".encode())
+                _say(f"{self.command}: {reason}{hint}")
+            _let_go()
             os._exit(reason.code if isinstance(reason, Stopped) else 1)
 
 
 _listener: _Listener | None = None
+_lifeline: int | None = None  # the first process's end
+
+
+def _say(line: str) -> None:
+    start = "\n" if sys.stderr.isatty() else ""  # after the terminal's ^C, or a bar
+    os.write(2, f"{start}{line}\n".encode())
 
 
 @contextmanager
@@ -207,6 +214,12 @@ def interrupt(reason: BaseException) -> None:
             signal.pthread_kill(threading.main_thread().ident or 0, _listener.numbers[-1])
 
 
+def leave() -> None:
+    """From a thread: end this process now, for what `interrupt` told it, whatever it is doing."""
+    if _listener is not None and _listener.numbers:
+        _listener.leave()
+
+
 def speaks() -> bool:
     """Whether this process tells the user what happens: the first of several."""
     ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
@@ -216,12 +229,40 @@ def speaks() -> bool:
 # Processes started from here
 
 
+def open_lifeline() -> int:
+    """In the first process of a run: a pipe that closes when this process ends, whatever ends it.
+
+    Returns:
+        The descriptor that the others read from, see `attend_first`.
+    """
+    global _lifeline
+    end, _lifeline = os.pipe()
+    return end
+
+
 def attend_first() -> None:
     """In a process that the first one of a run started: end when that one does."""
     descriptor = os.environ.pop(LIFELINE, "")
-    if descriptor:
-        os.set_inheritable(int(descriptor), False)
-        end_after(lambda: os.read(int(descriptor), 1))
+    if not descriptor:
+        return
+    os.set_inheritable(int(descriptor), False)
+
+    def wait() -> None:
+        told = os.read(int(descriptor), 1)
+        if not told and os.environ.get("LOCAL_RANK") == "1":
+            _say(
+                "lightning predict: the first process of the run was killed, often for lack of memory. "
+                "Finished shards are kept: run the same command again to go on"
+            )
+
+    end_after(wait)
+
+
+def _let_go() -> None:
+    """Let the others end without a word of theirs."""
+    if _lifeline is not None:
+        with suppress(OSError):  # they have ended already
+            os.write(_lifeline, b"." * 1024)  # one for each of them
 
 
 @contextmanager
@@ -266,7 +307,10 @@ def end_after(wait: Callable[[], object]) -> None:
 
 def _forget() -> None:
     # A forked process has none of the threads, and none of the duties, of the one it came from.
-    global _listener
+    global _listener, _lifeline
+    if _lifeline is not None:  # the others shall not wait for this process too
+        os.close(_lifeline)
+        _lifeline = None
     if _listener is not None:
         for number in _listener.numbers:
             signal.signal(number, signal.SIG_IGN)

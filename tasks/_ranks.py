@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 from lightning.fabric.plugins.environments import (
@@ -26,7 +27,9 @@ from common.errors import UserError
 from common.signals import LIFELINE
 
 _LOOK = 0.2  # seconds between two looks at the others
-_GRACE = 120.0  # seconds for the batch under way, before a process that was asked to end is killed
+_GRACE = 120.0  # seconds for the batch under way, before a process that was asked to stop is killed
+_PATIENCE = 5.0  # seconds for putting things away, once any process of the run has failed
+_ECHO = 5  # looks in which the death that broke a connection must show
 
 
 class Ranks(LightningEnvironment):
@@ -34,7 +37,8 @@ class Ranks(LightningEnvironment):
 
     Lightning's own launcher kills all processes, the first one too, without a word, when one of them
     fails; and when the first one dies during its start, the others wait for it. These hold a pipe to
-    the first one from their first line on, and end when it closes.
+    the first one from their first line on, and end when it closes. When one of them fails, the others
+    have a few seconds to drop their shards, whatever they are doing or waiting for.
 
     Args:
         argv: the words of the command, after ``lightning``.
@@ -44,7 +48,6 @@ class Ranks(LightningEnvironment):
         super().__init__()
         self.argv = argv
         self.processes: list[subprocess.Popen[bytes]] = []
-        self._lifeline: int | None = None
         self._over = threading.Event()
 
     @property
@@ -70,7 +73,7 @@ class Ranks(LightningEnvironment):
         }
         theirs: tuple[int, ...] = ()
         if os.name == "posix":
-            end, self._lifeline = os.pipe()
+            end = signals.open_lifeline()
             theirs, shared[LIFELINE] = (end,), str(end)
         with signals.blocked():
             for rank in range(1, trainer.num_devices):
@@ -82,20 +85,29 @@ class Ranks(LightningEnvironment):
         signals.hand_on(self._deliver)
         threading.Thread(target=self._watch, name="ranks", daemon=True).start()
 
-    def end(self) -> None:
-        """Let the others end; no later than after a while."""
+    def end(self, grace: float = _GRACE) -> None:
+        """Let the others end; no later than after so many seconds."""
         self._over.set()
+        until = time.monotonic() + grace
         for process in self.processes:
             try:
-                process.wait(_GRACE)
+                process.wait(max(0, until - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
 
-    def break_off(self) -> None:
-        """Ask the others to end, and wait for it."""
-        self._over.set()
+    def break_off(self, error: BaseException) -> None:
+        """Ask the others to end, for what this one met, and wait for it."""
         self._deliver(signal.SIGTERM)
-        self.end()
+        self.end(_GRACE if isinstance(error, signals.Stopped) else _PATIENCE)
+
+    def failure(self) -> BaseException | None:
+        """Why another process ended, if one did: what this one met may come of it."""
+        for _ in range(_ECHO if self.processes else 0):
+            for rank, process in enumerate(self.processes, 1):
+                if code := process.poll():
+                    return _reason(rank, code)
+            time.sleep(_LOOK)
+        return None
 
     def _deliver(self, number: int) -> None:
         for process in self.processes:
@@ -106,8 +118,17 @@ class Ranks(LightningEnvironment):
             for rank, process in enumerate(self.processes, 1):
                 code = process.poll()
                 if code:
-                    signals.interrupt(_reason(rank, code))
+                    self._tell(_reason(rank, code))
                     return
+
+    def _tell(self, reason: BaseException) -> None:
+        """Stop this process and the others for the end of one of them."""
+        signals.interrupt(reason)
+        if isinstance(reason, signals.Stopped):
+            return  # somebody asked for it, and batches may be finished
+        self._deliver(signal.SIGTERM)
+        if not self._over.wait(_PATIENCE):
+            signals.leave()
 
 
 def environment(ranks: Ranks | None) -> ClusterEnvironment:

@@ -7,10 +7,8 @@ import logging
 import os
 import sys
 import warnings
-from contextlib import suppress
 
 import torch
-import torch.distributed as dist
 
 from common import signals
 from common.errors import UserError
@@ -18,6 +16,7 @@ from common.files import raise_open_files
 from tasks._configs import InvalidConfig
 from tasks._predict import Predict, read_words
 from tasks._ranks import Ranks
+from tasks.run.processes import leave_at_once, leave_group
 from tasks.run.terminal import print_report
 
 
@@ -30,22 +29,20 @@ def main(argv: list[str]) -> int:
         ranks.start(cli.trainer)
         run = cli.predict()
     except (signals.Stopped, Exception) as raised:
-        error = signals.reason() or raised  # a stop wins over what it causes
-        leave_group()
-        ranks.break_off()
+        # A stop, or another's end, wins over what it causes.
+        error = signals.reason() or ranks.failure() or raised
+        ranks.break_off(error)
+        code, line = 1, explain(error)
         if isinstance(error, signals.Stopped):
-            if signals.speaks():
-                kept = "finished shards are kept, run again to go on"
-                print(f"lightning predict: {error}; {kept}", file=sys.stderr)
-            return error.code
-        if isinstance(error, InvalidConfig):
-            print(f"lightning predict: {error}", file=sys.stderr)
-            return 2
-        hint = explain(error)
-        if hint is None or os.environ.get("CLIP_SURGERY_TRACEBACK"):
+            code, line = error.code, f"{error}; finished shards are kept, run again to go on"
+        elif isinstance(error, InvalidConfig):
+            code = 2
+        elif line is None or os.environ.get("CLIP_SURGERY_TRACEBACK"):
             raise
-        print(f"lightning predict: {hint}", file=sys.stderr)
-        return 1
+        if code < 128 or signals.speaks():
+            print(f"lightning predict: {line}", file=sys.stderr)
+        leave_at_once(code)
+        return code
     leave_group()
     ranks.end()
     if cli.trainer.is_global_zero:
@@ -69,13 +66,6 @@ def prepare() -> None:
     warnings.filterwarnings("ignore", ".*`srun` command is available.*")
     warnings.filterwarnings("ignore", ".*Couldn't infer the batch indices.*")
     raise_open_files()
-
-
-def leave_group() -> None:
-    """Leave the other processes; else gloo's threads may abort this one as it exits."""
-    if dist.is_initialized():
-        with suppress(RuntimeError):  # the others may be gone
-            dist.destroy_process_group()
 
 
 def explain(error: BaseException) -> str | None:

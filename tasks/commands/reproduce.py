@@ -74,7 +74,8 @@ def main(argv: list[str]) -> int:
         fields = dict(map(as_field, words))
     except UserError as error:
         parser.error(str(error))
-    from tasks.commands.predict import leave_group, prepare
+    from tasks.commands.predict import prepare
+    from tasks.run.processes import leave_at_once, leave_group
 
     prepare()
     found = Reproduction(plan, wanted, options.demo)
@@ -91,9 +92,9 @@ def main(argv: list[str]) -> int:
         if signals.speaks():
             kept = "finished shards are kept, run again to go on"
             print(f"lightning reproduce: {stop}; {kept}", file=sys.stderr)
+        leave_at_once(stop.code)
         return stop.code
-    finally:
-        leave_group()
+    leave_group()
     if signals.speaks():
         found.write(options.output)
         print(f"\n{found.table().text()}\n", *found.notes(), sep="\n")

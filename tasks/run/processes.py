@@ -1,12 +1,15 @@
-"""Where the processes of a run wait for each other."""
+"""Where the processes of a run wait for each other, and how they part."""
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -95,3 +98,27 @@ class Processes:
             f"another process of the run broke off ({broken}). Finished shards are kept: run the same "
             "command again to go on"
         )
+
+
+def leave_group() -> None:
+    """Leave the other processes; else gloo's threads may abort this one as it exits."""
+    if dist.is_initialized():
+        with suppress(RuntimeError):  # the others may be gone
+            dist.destroy_process_group()
+
+
+def leave_at_once(code: int) -> None:
+    """End this process, if it is one of several, after something went wrong.
+
+    What it began with the others may never be done: gloo's threads would wait for it, in
+    `destroy_process_group` as at the end of Python, as long as those are there.
+
+    Args:
+        code: of its exit.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        atexit._run_exitfuncs()  # loader workers, temporary folders
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # whoever read it may be gone
+                stream.flush()
+        os._exit(code)

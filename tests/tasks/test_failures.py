@@ -381,16 +381,23 @@ def test_the_others_end_when_the_first_rank_is_killed_during_its_start(later, co
 
 
 @pytest.mark.processes
-def test_a_rank_that_is_killed_ends_the_run_with_a_message(command, tmp_path):
+def test_a_rank_that_is_killed_ends_all_others(command, tmp_path):
+    """The first one in a batch that never ends, and its loader worker; the last waits for them."""
     run = tmp_path / "run"
-    process = start(command(run, "--data.num_workers=0", *devices(2)))
-    wait_for(run, process)
-    (other,) = alive(process.pid) - {process.pid}
-    os.kill(other, signal.SIGKILL)
-    _, told = process.communicate(timeout=120)
+    env = {**slowly(), "SLOW_UNTIL": str(tmp_path / "never")}
+    process = start(command(run, "--data.num_workers=1", *devices(3)), env)
+    while not all((run / f"00000{rank}.tar").exists() for rank in (1, 2)):
+        assert process.poll() is None
+        time.sleep(0.05)
+    victim = min(pid for pid in alive(process.pid) if local_rank(pid) == 1)
+    os.kill(victim, signal.SIGKILL)
+    _, told = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "process 1 of the run died of SIGKILL" in told
+    assert told.count("lightning predict: process 1 of the run died of SIGKILL") == 1
+    assert "run the same command again" in told
     assert "Traceback" not in told
+    while alive(process.pid):
+        time.sleep(0.05)
 
 
 @pytest.mark.processes
@@ -489,6 +496,12 @@ def alive(group: int) -> set[int]:
             if int(its) == group and state != "Z":
                 found.add(int(path.parent.name))
     return found
+
+
+def local_rank(pid: int) -> int:
+    """Which rank a process is, or works for; 0 for the first one's."""
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next((int(v[11:]) for v in variables if v.startswith(b"LOCAL_RANK=")), 0)
 
 
 def heeds(process: subprocess.Popen[str], number: int) -> bool:
