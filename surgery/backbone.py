@@ -25,10 +25,10 @@ _CACHED_GRIDS = 8
 
 @dataclass
 class _Once:
-    """Images whose tokens are kept, and the tokens by recipe."""
+    """Images whose tokens are kept, and the tokens by recipe and, where it needs any, texts."""
 
     images: Tensor | None = None
-    tokens: dict[Recipe, ImageTokens] = field(default_factory=dict)
+    tokens: dict[tuple[Recipe, Tensor | None], ImageTokens] = field(default_factory=dict)
 
 
 def load_backbone(
@@ -167,34 +167,44 @@ class Backbone(nn.Module):
         """Stays in evaluation mode: batch norms must not learn from what is being explained."""
         return super().train(False)
 
-    def encode_image(self, images: Tensor) -> ImageTokens:
+    def encode_image(self, images: Tensor, texts: Tensor | None = None) -> ImageTokens:
         """Tokens of images; in halves, where they do not fit the memory at once.
 
         Args:
             images: [B, 3, H, W], normalised with `mean` and `std`; H and W any multiples of the
                 patch size (32 for ResNets).
+            texts: features [T, C] that the tokens will be compared with, for recipes that need them;
+                others don't read them.
 
         Returns:
             The tokens of B images, not normalised.
 
         Raises:
-            InvalidSetting: the patches do not divide the images.
+            InvalidSetting: the patches do not divide the images, or the recipe needs texts.
         """
-        if images is self._once.images and self.recipe in self._once.tokens:
-            return self._once.tokens[self.recipe]
+        if not self.plan.recipe.needs_texts:
+            texts = None
+        elif texts is None or not len(texts):
+            raise InvalidSetting(
+                "this recipe reads images by the texts that they are compared with: "
+                "encode_image(images, texts=[T, C])"
+            )
+        key = (self.recipe, texts)
+        if images is self._once.images and key in self._once.tokens:
+            return self._once.tokens[key]
         grid = self._check(images)
 
         def encode(part: Tensor) -> tuple[Tensor, Tensor]:
             # Those with nothing in them have another shape than what was compiled for.
             run = type(self.tower).encode
             run = batches.compiled(run) if self.batches.fixed and len(part) else run
-            tokens = run(self._tower(part), part, self._positions_for(grid), self.plan)
+            tokens = run(self._tower(part), part, self._positions_for(grid), self.plan, texts)
             return tokens.class_token, tokens.patch_tokens
 
         class_token, patch_tokens = self.batches.run(encode, images)
         tokens = ImageTokens(class_token, patch_tokens, grid)
         if images is self._once.images:
-            self._once.tokens[self.recipe] = tokens
+            self._once.tokens[key] = tokens
         return tokens
 
     @contextmanager

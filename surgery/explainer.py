@@ -141,7 +141,7 @@ class Explainer:
         batch = torch.from_numpy(np.stack(squashed)).permute(0, 3, 1, 2).to(backbone.device)
         images = backbone.preprocess(batch)
         with backbone.encoding_once(images):
-            tokens = backbone.encode_image(images)
+            tokens = backbone.encode_image(images, texts.features)
             maps = {method: explain(backbone, images, texts, method).cpu() for method in methods}
         unit = torch.nn.functional.normalize(tokens.class_token, dim=-1)
         for i, picture in enumerate(pictures):

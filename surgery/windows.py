@@ -109,7 +109,7 @@ def window_similarities(
                     ..., : max(height // rows, 1) * rows, : max(width // columns, 1) * columns
                 ]
             beyond = (0, -pixels.shape[3] % columns, 0, -pixels.shape[2] % rows)
-            tokens = backbone.encode_image(F.pad(pixels, beyond))
+            tokens = backbone.encode_image(F.pad(pixels, beyond), text)
             scores = similarity(tokens.patch_tokens, text).transpose(1, 2).unflatten(2, tokens.grid)
             for (i, j), values in zip(chosen, scores, strict=True):
                 similarities[i][j] = values

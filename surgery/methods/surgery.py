@@ -40,7 +40,7 @@ def explain(
             return similarity(patches, text)
         return feature_surgery(patches, token, text, redundant=redundant, tau=tau, form=form)
 
-    return image_by_image(backbone.encode_image(images), score)
+    return image_by_image(backbone.encode_image(images, texts.features), score)
 
 
 def explain_paper(

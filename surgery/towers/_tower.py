@@ -208,8 +208,10 @@ class Tower(ABC):
         return self.project(x[:, :1])[:, 0]
 
     @abstractmethod
-    def encode(self, images: Tensor, positions: Tensor, plan: Plan) -> ImageTokens:
-        """Tokens of images [B, 3, H, W] by a plan; see `run`."""
+    def encode(
+        self, images: Tensor, positions: Tensor, plan: Plan, texts: Tensor | None = None
+    ) -> ImageTokens:
+        """Tokens of images [B, 3, H, W] by a plan, for texts [T, C] if it needs them; see `run`."""
 
     def plan(self, recipe: Recipe, blocks: int | str, released: bool) -> Plan:
         """Settle a recipe.

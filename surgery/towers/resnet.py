@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import InvalidSetting
-from surgery.attention import Recipe, attend, neighbour_bias
+from surgery.attend import attend, neighbour_bias
+from surgery.attention import Recipe
 from surgery.precision import widen
 from surgery.towers._tower import (
     ImageTokens,
@@ -43,7 +44,7 @@ class ResNet(Tower):
 
     def plan(self, recipe: Recipe, blocks: int | str, released: bool) -> Plan:
         """The released code of CLIP Surgery reforms the class token too (against the paper)."""
-        if recipe.last_block_read is not None or recipe.attention_blocks:
+        if recipe.blocks_read(self.depth) or "kk_all" in recipe.pairs:
             raise InvalidSetting("this recipe reads blocks before the last one: a ResNet has none")
         settled = super().plan(recipe, blocks, released)
         return Plan(recipe, settled.blocks, new_class_token=released)
@@ -84,7 +85,9 @@ class ResNet(Tower):
             x = widen(x)
             return F.linear(x, projection.weight.to(x.dtype), projection.bias.to(x.dtype))
 
-    def encode(self, images: Tensor, positions: Tensor, plan: Plan) -> ImageTokens:
+    def encode(
+        self, images: Tensor, positions: Tensor, plan: Plan, texts: Tensor | None = None
+    ) -> ImageTokens:
         """Tokens by a plan: every token goes through `c_proj`; see `Tower.encode`."""
         grid = self.grid((images.shape[2], images.shape[3]))
         if not plan.blocks:

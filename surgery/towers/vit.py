@@ -6,18 +6,19 @@ Whose blocks they are, and what they are made of, is said by `open_clip_vit.py`,
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import InvalidSetting
-from surgery.attention import Recipe
+from surgery.agreement import label_agreement
+from surgery.attention import SINK_CHANNELS, Recipe
 from surgery.towers._blocks import add
-from surgery.towers._paths import NewPath, SmoothedPath
+from surgery.towers._paths import NewPath, path_of
 from surgery.towers._tower import ImageTokens, Plan, Step, Tower, Visitor
-
-_LARGE = 24
-"""Blocks of ViT-L."""
 
 
 class ViT(Tower):
@@ -45,20 +46,21 @@ class ViT(Tower):
             InvalidSetting: also where it names a block that isn't before the last one, or reads a class
                 token that the tower has not.
         """
-        if recipe.large is not None and self.depth == _LARGE:
-            recipe = recipe.large
-        last = recipe.last_block_read
-        if last is not None and not self.has_class_token:
+        recipe = recipe.for_depth(self.depth)
+        if recipe.similarity_block is not None and not self.has_class_token:
             raise InvalidSetting(
                 "this recipe reads the class token of the blocks before the last one; this image tower "
                 f"{self.pooled_by}. Recipes without `similarity_block` can be had of it."
             )
-        if last is not None and last >= self.depth - 1:
-            raise InvalidSetting(
-                f"this recipe reads blocks up to {last} (from 0) before the last one, and the tower "
-                f"has {self.depth} blocks: give it others, with dataclasses.replace(recipe, "
-                f"similarity_block=..., smoothing_block=..., summed_blocks=...)"
-            )
+        for field, read in recipe.blocks_read(self.depth).items():
+            if read and (read[0] < 0 or read[-1] >= self.depth - 1):
+                raise InvalidSetting(
+                    f"{field}: this recipe reads blocks {read[0]} to {read[-1]} (from 0) before the last "
+                    f"one, and the tower has {self.depth} blocks: give it others, with "
+                    f"dataclasses.replace(recipe, {field}=...) or --model.backbone.attention.{field}"
+                )
+        if "kk_all" in recipe.pairs:
+            recipe = replace(recipe, sink_channels=self._sink_channels(recipe))
         return super().plan(recipe, blocks, released)
 
     def run(
@@ -100,7 +102,26 @@ class ViT(Tower):
             x = step.x
         return x
 
-    def encode(self, images: Tensor, positions: Tensor, plan: Plan) -> ImageTokens:
+    def _sink_channels(self, recipe: Recipe) -> tuple[int, ...]:
+        """The recipe's, or those that RF-CLIP names for this width."""
+        width = self.positions.shape[1]
+        known = SINK_CHANNELS.get(width)
+        channels = known if recipe.sink_channels is None else recipe.sink_channels
+        if channels is None or not all(0 <= channel < width for channel in channels):
+            widths = " and ".join(str(width) for width in SINK_CHANNELS)
+            wrong = f"RF-CLIP names them for networks of width {widths} only"
+            wrong = wrong if channels is None else f"there is none of {list(channels)} that fits"
+            raise InvalidSetting(
+                f"sink_channels: {wrong}, and this tower has width {width}: give channels from 0 to "
+                f"{width - 1}, and the sink_factor that goes with them, by dataclasses.replace(recipe, "
+                f"sink_channels=...) or --model.backbone.attention.sink_channels; an empty list leaves "
+                f"all cells as they are"
+            )
+        return tuple(channels)
+
+    def encode(
+        self, images: Tensor, positions: Tensor, plan: Plan, texts: Tensor | None = None
+    ) -> ImageTokens:
         """Tokens by a plan; see `Tower.encode`.
 
         With x the original path and y the new one, each reformed block l does
@@ -114,11 +135,19 @@ class ViT(Tower):
         if not plan.blocks:
             x = self.run(images, positions)
             return ImageTokens(self.pool(x), self.project(x[:, self.prefix :]), grid)
-        kind = NewPath if plan.recipe.similarity_block is None else SmoothedPath
-        path = kind(plan, self.depth - plan.blocks, grid)
-        x = self.run(images, positions, path, class_only=not path.apart)
+        path = path_of(plan.recipe)(plan, self.depth - plan.blocks, grid)
+        if plan.recipe.needs_texts:
+            path.agree = partial(self._agreement, images=images, texts=texts, path=path)
+        x = self.run(images, positions, path, class_only=not path.reads_all)
         class_token = self.pool(path.y if plan.new_class_token else x)
         return ImageTokens(class_token, self.project(path.y[:, self.prefix - path.start :]), grid)
+
+    def _agreement(self, y: Tensor, images: Tensor, texts: Tensor | None, path: NewPath) -> Tensor:
+        """`agreement.label_agreement` of the tokens y [B, L, D] of a first pass."""
+        assert texts is not None  # Backbone.encode_image asks for them
+        tokens = self.project(y[:, self.prefix - path.start :])
+        found = label_agreement(tokens, images, texts, path.grid, path.recipe.label_threshold)
+        return F.pad(found, (self.prefix, 0, self.prefix, 0))
 
     @abstractmethod
     def embed(self, images: Tensor, positions: Tensor) -> Tensor:

@@ -62,10 +62,10 @@ def list_models() -> list[tuple[str, str]]:
 
 
 def list_recipes() -> list[tuple[str, str]]:
-    """Values of ``--model.backbone.attention``."""
+    """Values of ``--model.backbone.attention``, and what each needs."""
     from surgery import RECIPES
 
-    return [(name, str(recipe)) for name, recipe in RECIPES.items()]
+    return [(name, f"{recipe.summary} ({recipe.needs()})") for name, recipe in RECIPES.items()]
 
 
 def list_methods() -> list[tuple[str, str]]:

@@ -49,6 +49,12 @@ def network() -> Callable[..., Backbone]:
     return load
 
 
+@pytest.fixture(scope="session")
+def texts() -> Tensor:
+    """Features [9, 64] of texts, of the ViT."""
+    return arrays("vit")["text_features"]
+
+
 @pytest.fixture
 def folder() -> Path:
     return REFERENCE

@@ -153,10 +153,10 @@ def test_a_batch_too_large_for_the_gpu_goes_in_halves(
 ):
     encode = ViT.encode
 
-    def small_only(self, images, positions, plan):
+    def small_only(self, images, *settings):
         if len(images) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return encode(self, images, positions, plan)
+        return encode(self, images, *settings)
 
     monkeypatch.setattr("surgery.batches.compiled", lambda encode: encode)
     monkeypatch.setattr(ViT, "encode", small_only)
@@ -168,7 +168,7 @@ def test_a_batch_too_large_for_the_gpu_goes_in_halves(
 
 
 def test_one_image_too_large_for_the_gpu(command, monkeypatch, tmp_path, capsys):
-    def never(self, images):
+    def never(self, *inputs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Backbone, "encode_image", never)
