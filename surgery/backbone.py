@@ -45,9 +45,10 @@ def load_backbone(
     """Load a CLIP for inference: evaluation mode, no gradients, on the CPU in float32.
 
     Args:
-        model: an open_clip name ("ViT-B-16", "RN50", "hf-hub:..."), the path of an open_clip JSON
-            config, or "demo", the tiny CLIP of the drawn world inside this package (its weights
-            are pretrained="demo"); words which that world does not have mean nothing to it.
+        model: an open_clip name ("ViT-B-16", "RN50", "ViT-B-16-SigLIP", "hf-hub:..."; `lightning list
+            models` says which can be explained), the path of an open_clip JSON config, or "demo",
+            the tiny CLIP of the drawn world inside this package (its weights are
+            pretrained="demo"); words which that world does not have mean nothing to it.
         pretrained: an open_clip tag ("openai", ...; downloaded and cached by open_clip), or the
             path of a weights file (safetensors, torch state dict, open_clip training checkpoint,
             OpenAI's archive). None: random weights, the same in every process, with a warning.
@@ -285,6 +286,12 @@ class Backbone(nn.Module):
     def logit_scale(self) -> float:
         """What CLIP multiplies cosines with (about 100)."""
         return float(self.model.logit_scale.detach().float().exp())
+
+    @property
+    def logit_bias(self) -> float | None:
+        """What SigLIP adds to that before its sigmoid (about -10); None for models without one."""
+        bias = getattr(self.model, "logit_bias", None)
+        return None if bias is None else float(bias.detach())
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -27,6 +27,12 @@ def wide_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 
 
+def wide_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer in the precision of x, whatever that of its weights."""
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return F.linear(x, layer.weight.to(x.dtype), bias)
+
+
 class LowPrecision:
     """A network with its products' weights in autocast's precision already.
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from common.errors import InvalidSetting, UserError
 from common.files import file_digest
+from surgery.architectures import patch_size, why_not
 from surgery.checkpoints import CheckpointError, load_weights, read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,6 @@ DEMO = "demo"
 
 DEMO_FOLDER = Path(__file__).parent / "demo_clip"
 _RANDOM_SEED = 0
-_RESNET_STRIDE = 32
 _SILENCE = 5.0  # seconds of a download until it is spoken of
 _GIVE_A_FILE = "give the path of a weights file as `pretrained` (.safetensors, or .pt)"
 _GIVE_A_CACHE = "copy the hub's cache of a machine that has one (HF_HOME says where)"
@@ -94,6 +94,10 @@ def build(model: str, pretrained: str | None, quick_gelu: bool | None) -> Source
         pretrained = str(DEMO_FOLDER / "model.safetensors")
     model = _settle(model)
     config, preprocess = _model_config(model)
+    if reason := why_not(config):
+        raise InvalidSetting(
+            f"{model} can't be explained: {reason}. `lightning list models` says which can."
+        )
     path: str | None = None
     tag: dict[str, Any] = {}
     if pretrained is not None:
@@ -141,7 +145,8 @@ def load_tokenizer(model: str) -> Any:
 def input_sizes(model: str) -> tuple[int, int]:
     """Side of the images that a model was trained on, and what sides must be multiples of, in pixels."""
     vision = _model_config(_settle(model))[0]["vision_cfg"]
-    return vision["image_size"], vision.get("patch_size") or _RESNET_STRIDE
+    patch = patch_size(vision)
+    return vision["image_size"] // patch * patch, patch
 
 
 def tokenizer(name: str, config: dict[str, Any]) -> Any:
@@ -223,27 +228,12 @@ def _construct(config: dict[str, Any]) -> nn.Module:
 
     config = json.loads(json.dumps(config))  # open_clip edits nested dicts in place
     custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
-    supported = (
-        "supported are open_clip's own VisionTransformer with a class token "
-        "(ViT-B-16, ViT-L-14, ...) and ModifiedResNet (RN50, RN101, ...)"
-    )
-    vision = config["vision_cfg"]
-    if vision.get("timm_model_name"):
-        raise InvalidSetting(f"timm image towers ({vision['timm_model_name']}): {supported}")
-    if "multimodal_cfg" in config or vision.get("attentional_pool"):
-        raise InvalidSetting(f"image towers with an attention pooler (CoCa): {supported}")
-    if vision.get("pool_type", "tok") != "tok":
-        raise InvalidSetting(f"image towers that pool by {vision['pool_type']!r}: {supported}")
     if "hf_model_name" in config["text_cfg"]:
         config["text_cfg"]["hf_model_pretrained"] = False
         _fetch_text_config(config["text_cfg"]["hf_model_name"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_RANDOM_SEED)
-        network = (CustomTextCLIP if custom else CLIP)(**config)
-    blocks = getattr(getattr(network.visual, "transformer", None), "resblocks", None)
-    if blocks is not None and not isinstance(blocks[0].attn, nn.MultiheadAttention):
-        raise InvalidSetting(f"image towers with custom attention blocks: {supported}")
-    return network
+        return (CustomTextCLIP if custom else CLIP)(**config)
 
 
 def _from_hub(model: str, filename: str | None) -> str:

@@ -18,17 +18,21 @@ from surgery.towers._tower import (
     merge_heads,
     split_heads,
 )
+from surgery.towers.eva import Eva
 from surgery.towers.open_clip_vit import OpenClipViT
 from surgery.towers.resnet import ResNet
+from surgery.towers.timm_vit import TimmViT
 from surgery.towers.vit import ViT
 
 __all__ = [
     "TOWERS",
+    "Eva",
     "ImageTokens",
     "OpenClipViT",
     "Plan",
     "ResNet",
     "Step",
+    "TimmViT",
     "Tower",
     "ViT",
     "Visitor",
@@ -41,8 +45,10 @@ __all__ = [
 TOWERS: dict[str, type[Tower]] = {
     "ModifiedResNet": ResNet,
     "VisionTransformer": OpenClipViT,
+    "timm VisionTransformer": TimmViT,
+    "timm Eva": Eva,
 }
-"""Class name of open_clip's module -> how its tokens are read."""
+"""Class name of open_clip's module, or of timm's behind it -> how its tokens are read."""
 
 
 def tower_of(visual: Any) -> Tower:
@@ -58,6 +64,8 @@ def tower_of(visual: Any) -> Tower:
         InvalidSetting: there is no row for its class.
     """
     kind = type(visual).__name__
+    if kind == "TimmModel":
+        kind = f"timm {type(visual.trunk).__name__}"
     if kind not in TOWERS:
         raise InvalidSetting(f"image towers of the class {kind}: supported are {', '.join(TOWERS)}")
     return TOWERS[kind](visual)

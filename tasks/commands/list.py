@@ -52,13 +52,19 @@ def list_tasks() -> list[tuple[str, str]]:
 
 
 def list_models() -> list[tuple[str, str]]:
-    """open_clip's models with their pretrained tags, and ours."""
+    """open_clip's models with their pretrained tags, or why they can't be explained; and ours."""
     import open_clip
 
-    return [("demo", "the tiny CLIP inside this package")] + [
-        (name, ", ".join(open_clip.list_pretrained_tags_by_model(name)))
-        for name in open_clip.list_models()
+    from surgery.architectures import why_not
+
+    rows = [
+        ("demo", "the tiny CLIP inside this package"),
     ]
+    for name in open_clip.list_models():
+        reason = why_not(open_clip.get_model_config(name))
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
+        rows.append((name, f"refused: {reason}" if reason else tags))
+    return rows
 
 
 def list_recipes() -> list[tuple[str, str]]:

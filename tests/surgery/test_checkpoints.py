@@ -267,19 +267,6 @@ def test_names_that_do_not_exist(config, tmp_path):
         load_backbone(config, image_size=100)
 
 
-@pytest.mark.parametrize(
-    ("model", "what"),
-    [
-        ("ViT-B-16-SigLIP", "timm image towers"),
-        ("coca_ViT-B-32", "attention pooler"),
-        ("ViT-L-14-CLIPA", "pool by 'avg'"),
-    ],
-)
-def test_towers_without_support_name_those_with(model, what):
-    with pytest.raises(ValueError, match=rf"{what}.*ViT-B-16.*RN50"):
-        load_backbone(model)
-
-
 def test_download_that_fails_says_so_once(monkeypatch, caplog):
     import open_clip
 
