@@ -158,10 +158,10 @@ class Backbone(nn.Module):
         self.recipe = recipe
         self.plan = self.tower.plan(recipe, self._blocks, self._released)
 
-    def with_attention(self, attention: str) -> "Backbone":
-        """The same network, not a copy of it, read by another recipe of `RECIPES`."""
+    def with_attention(self, attention: str | Recipe) -> "Backbone":
+        """The same network, not a copy of it, read by another recipe, or one of `RECIPES` by name."""
         other = copy.copy(self)
-        other._adopt(RECIPES[attention])
+        other._adopt(RECIPES[attention] if isinstance(attention, str) else attention)
         return other
 
     def train(self, mode: bool = True) -> "Backbone":
