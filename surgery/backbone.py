@@ -272,10 +272,12 @@ class Backbone(nn.Module):
 
     @property
     def title(self) -> str:
-        """Its name for people, and where its weights are from."""
+        """Its name for people, and that of its weights."""
         if Path(self.name).parent == sources.DEMO_FOLDER:
             return "the demo CLIP"
-        return f"{Path(self.name).stem} ({self.checkpoint.name})"
+        weights = self.checkpoint.name
+        weights = Path(weights).name if self.checkpoint.path == weights else weights
+        return f"{self.name.removesuffix('.json').rpartition('/')[2]} ({weights})"
 
     @property
     def device(self) -> torch.device:

@@ -48,6 +48,14 @@ class CheckpointInfo:
     name: str
     path: str | None = None
 
+    @property
+    def where(self) -> str:
+        """The same in words."""
+        if self.path is None:
+            return "random weights"
+        inside = Path(self.path).parent == DEMO_FOLDER
+        return "weights inside this package" if inside else f"weights from {self.path}"
+
     @cached_property
     def sha256(self) -> str | None:
         """Hex SHA-256 of the file; None for random weights."""

@@ -185,6 +185,11 @@ class Task(LightningModule):
         """Digests of the weights of all networks, by what ``run.json`` calls them."""
         return {"weights": self.backbone.fingerprint()}
 
+    def networks(self) -> list[str]:
+        """All networks that were loaded, and from where, in words."""
+        recipe = self.config.attention
+        return [f"{self.backbone.title}, {self.backbone.checkpoint.where}, attention {recipe}"]
+
     def words(self, info: DatasetInfo) -> list[str]:
         """The words whose features are the rows of ``texts``; one a class."""
         return list(info.prompts)

@@ -97,6 +97,10 @@ class Interactive(Task):
         if self.sam is not None:
             need_transformers()
 
+    def networks(self) -> list[str]:
+        """CLIP's, and SAM's."""
+        return [*super().networks(), *([f"SAM from {self.sam}"] if self.sam else [])]
+
     def fingerprints(self) -> dict[str, str]:
         """Digests of the weights of the backbone and of SAM."""
         sam = {} if self.segmenter is None else {"sam": self.segmenter.fingerprint()}

@@ -15,11 +15,14 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.loggers import Logger
 
 from common import signals
+from common.files import is_nan
 from datamodules._samples import Batch
 from tasks._task import Task
 from tasks._text_features import digest_of_texts
+from tasks.measures import Report
 from tasks.run.errors import RunError
 from tasks.run.folder import Run
 from tasks.run.processes import Processes
@@ -128,6 +131,7 @@ class ResultWriter(BasePredictionWriter):
                 "device": _describe_device(trainer.strategy.root_device),
             }
             self.run.accept(self._mine, more, self.config)
+            log.info("%s", _describe_run(task, more["device"]["name"]))
         self._processes.wait()  # nobody may publish into a folder that rank 0 refuses
 
     def write_on_batch_end(
@@ -210,7 +214,7 @@ class ResultWriter(BasePredictionWriter):
             self._drop()
         elsewhere = self._fetch_records() if trainer.world_size > 1 else {}
         if trainer.is_global_zero:
-            _, found = self.run.summarise(_task(pl_module).new_measures(), elsewhere)
+            report, found = self.run.summarise(_task(pl_module).new_measures(), elsewhere)
             self.tally = Tally(self.tally.limit, len(self._mine))
             for name in self._mine:
                 record = found.get(name)
@@ -218,6 +222,24 @@ class ResultWriter(BasePredictionWriter):
                     self.tally.add(record.images, len(record.errors))
                 elif record:
                     self.tally.lose(record)
+
+            self._tell_loggers(trainer.loggers, report)
+
+    def _tell_loggers(self, loggers: Sequence[Logger], report: Report) -> None:
+        """Give the metrics to the loggers that the user set, those of further methods by their names."""
+        named = {"": report.metrics} | {
+            f"{method}/": values for method, values in [*report.methods.items()][1:]
+        }
+        values = {
+            f"{prefix}{name}": value
+            for prefix, metrics in named.items()
+            for name, value in metrics.items()
+            if not is_nan(value)
+        }
+        counts = {"images": self.tally.images, "errors": self.tally.bad + len(self.tally.lost)}
+        for logger in loggers:
+            logger.log_hyperparams(self.run.settings)
+            logger.log_metrics({**values, **counts}, step=self.tally.images)
 
     def _fetch_records(self) -> dict[str, Published]:
         """Wait for all ranks; on rank 0, what they hold of shards that its file system doesn't show."""
@@ -243,6 +265,16 @@ def _describe_device(device: torch.device) -> dict[str, Any]:
         "cudnn_tf32": torch.backends.cudnn.allow_tf32,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
     }
+
+
+def _describe_run(task: Task, device: str) -> str:
+    """What was loaded, from where, and on what it is computed: a line."""
+    strategy, world = task.trainer.strategy, task.trainer.world_size
+    others = f", {world} processes" if world > 1 else ""
+    return (
+        f"{type(task).__name__} of {task.info.name}: {' and '.join(task.networks())}, on "
+        f"{strategy.root_device} ({device}{others}), precision {task.trainer.precision}"
+    )
 
 
 def _task(module: LightningModule) -> Task:

@@ -34,6 +34,9 @@ _ASIDE = ".replaced"
 _GONE = ".deleted"
 """The same from then on, until it is deleted."""
 
+_LOGS = ("lightning_logs", "wandb", "mlruns")
+"""Where Lightning's loggers write, from before a run is opened: left alone."""
+
 _ANEW = "Choose another --writer.output, or start anew with --writer.overwrite true"
 
 
@@ -339,7 +342,7 @@ def _read_json(path: Path, hint: str) -> Any:
 
 
 def _refuse_other_files(folder: Path) -> None:
-    ours = (".job-", _GONE)
+    ours = (".job-", _GONE, *_LOGS)
     for path in folder.iterdir():
         if not path.name.endswith(".partial") and not path.name.startswith(ours):
             raise RunError(
@@ -350,7 +353,7 @@ def _refuse_other_files(folder: Path) -> None:
 def _set_aside(folder: Path) -> None:
     """Take an old run out of a folder; until all of it lies aside, `_put_back` can undo it."""
     shutil.rmtree(folder / _GONE, ignore_errors=True)
-    old = [path for path in folder.iterdir() if not path.name.startswith((".job-", _ASIDE))]
+    old = [path for path in folder.iterdir() if not path.name.startswith((".job-", _ASIDE, *_LOGS))]
     if old:
         (folder / _ASIDE).mkdir(exist_ok=True)
         for path in old:

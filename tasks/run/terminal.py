@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from collections import Counter
 from typing import Any
 
 from tasks.run.folder import Run
+from tasks.run.meaning import Meaning, meaning_of, remarks
 from tasks.run.tally import Tally
 
 _REASONS = 5
+_SHARE = Meaning("")
+"""What a metric of somebody's own task is taken for."""
 
 
 def print_report(run: Run, tally: Tally | None = None) -> None:
-    """Print a run's metrics in percent, a column a method, and its place.
+    """Print a run's metrics, a column a method, what they mean, and the run's place.
 
     Args:
         run: with its summary written.
         tally: what its job did, to say how much bad data was allowed.
     """
     summary = run.summary
-    methods = summary.get("methods", {})
-    left = max(16, *(len(name) + 1 for name in summary["metrics"])) if summary["metrics"] else 16
-    width = max(10, *(len(name) + 2 for name in methods)) if methods else 10
-    if summary["metrics"]:
-        heads = (f"{name:>{width}}" for name in methods)
-        print(f"\n{'':{left + 2}}{''.join(heads)}" if len(methods) > 1 else "")
-    for name, value in summary["metrics"].items():
-        columns = [of[name] for of in methods.values()] or [value]
-        cells = (f"{'--' if v is None else f'{100 * v:.2f} %':>{width}}" for v in columns)
-        print(f"  {name:<{left}}{''.join(cells)}")
+    task = str(run.settings["task"]["class"])
+    _print_metrics(task, summary)
     _print_threshold(summary)
+    for remark in remarks(task, summary):
+        print(f"  note: {remark}")
     shards = summary["shards"]
     print(f"\n{summary['images']} images, {summary['errors']} errors", end="")
     print(f" ({run.folder / 'errors.jsonl'})" if summary["errors"] else "", end="")
@@ -38,11 +37,40 @@ def print_report(run: Run, tally: Tally | None = None) -> None:
     if tally and (allowed := tally.tolerated()):
         print(f"  {allowed}")
     print(f"results in {run.folder.resolve()}")
-    headline = next(iter(methods), "")
+    headline = next(iter(summary.get("methods", {})), "")
     pictures = sorted(run.folder.glob("*/*.jpg"))  # with --writer.layout files
     picture = next((p for p in pictures if not headline or f".{headline}." in p.name), None)
     if picture is not None:
         print(f"pictures: {picture.resolve()} and others beside it")
+
+
+def _print_metrics(task: str, summary: dict[str, Any]) -> None:
+    """A line a metric, a column a method; below, what the names mean."""
+    metrics, methods = summary["metrics"], summary.get("methods", {})
+    if not metrics:
+        return
+    meanings = {name: meaning_of(task, name) for name in metrics}
+    rows = [
+        [
+            (meanings[name] or _SHARE).show(v)
+            for v in [of[name] for of in methods.values()] or [value]
+        ]
+        for name, value in metrics.items()
+    ]
+    left = max(16, *(len(name) + 1 for name in metrics))
+    width = max(10, *(len(cell) + 2 for row in rows for cell in (*row, *methods)))
+    heads = "".join(f"{name:>{width}}" for name in methods) if len(methods) > 1 else ""
+    print(f"\n{'':{left + 2}}{heads}".rstrip())
+    for name, row in zip(metrics, rows, strict=True):
+        print(f"  {name:<{left}}{''.join(f'{cell:>{width}}' for cell in row)}".rstrip())
+    print()
+    for name, meaning in meanings.items():
+        if meaning:
+            room = max(40, min(shutil.get_terminal_size().columns, 120) - left - 2)
+            first, *more = textwrap.wrap(meaning.text, room)
+            print(
+                f"  {name:<{left}}{first}", *(f"{'':{left + 2}}{line}" for line in more), sep="\n"
+            )
 
 
 def _print_threshold(summary: dict[str, Any]) -> None:
@@ -50,7 +78,10 @@ def _print_threshold(summary: dict[str, Any]) -> None:
     details = summary.get("details", {})
     best, fixed = details.get("threshold"), details.get("mIoU_at_fixed_threshold")
     if best is not None and fixed is not None and fixed != summary["metrics"].get("mIoU"):
-        print(f"  mIoU is at the best threshold, {best:.2f}; at that of the masks it is", end="")
+        print(
+            f"  mIoU is at the best threshold, {best:.2f}; at that of the masks written it is",
+            end="",
+        )
         print(f" {100 * fixed:.2f} % (--model.threshold {best:.4g} writes the best ones)")
 
 
