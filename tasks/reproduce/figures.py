@@ -6,9 +6,12 @@ from functools import partial
 
 from tasks.reproduce.numbers import numbers
 from tasks.reproduce.plan import Cell, Plan, Reading
+from tasks.reproduce.sheet import Sheet
 from tasks.reproduce.tables import EXPLAIN, METHODS
 
 _BACKBONE = "vit_b16"
+_PICTURES = ("--writer.overlays=8",)
+_SAM = "no weights of SAM: --model.sam=facebook/sam-vit-huge, or a folder (pip install '.[sam]')"
 _AFFINITY = ("affinity_last_ffn", "affinity_last_ffn_ln_post")
 
 
@@ -23,14 +26,17 @@ def _analysis(figure: str, data: str, metrics: tuple[str, ...]) -> list[Cell]:
             data=data,
             metric=figure,
             paper=printed if metric in _AFFINITY else None,
-            reading=Reading(f"{_BACKBONE}_{data}_analysis", metric),
+            reading=Reading(f"{_BACKBONE}_{data}_analysis", metric, _PICTURES),
         )
         for metric in metrics
     ]
 
 
+_MEASURED = ("point_accuracy", "point_accuracy_down_sample_1", "mIoU")
+
+
 def _points() -> list[Cell]:
-    """Figure 10: accuracy of the points of each method, from the halved and from the whole map."""
+    """Figure 10: accuracy of points from the halved and from the whole map; mIoU of SAM's masks."""
     rows: list[tuple[str, str, tuple[str, ...]]] = [
         *((row, method, ()) for row, method in METHODS.items()),
         ("Ours-512", "surgery", ("--data.image_size=512",)),
@@ -43,11 +49,13 @@ def _points() -> list[Cell]:
             data=data,
             metric=metric,
             paper=None,
-            reading=Reading(f"{_BACKBONE}_{experiment}", metric, options, method, "Interactive"),
+            reading=Reading(
+                f"{_BACKBONE}_{experiment}", metric, options, method, "Interactive", hint=_SAM
+            ),
         )
         for row, method, options in rows
         for data, experiment in EXPLAIN.items()
-        for metric in ("point_accuracy", "point_accuracy_down_sample_1")
+        for metric in _MEASURED
     ]
 
 
@@ -63,6 +71,7 @@ FIGURES = (
         ),
         orderings=(("mFSR_consistent", "mFSR_raw"),),
         beside=("fsr_survival",),
+        sheet=Sheet("attention.", ("raw attention", "consistent attention")),
     ),
     Plan(
         "figure5",
@@ -92,11 +101,17 @@ FIGURES = (
         ),
         orderings=(("redundancy_zero", "redundancy_empty"),),
         beside=("redundancy",),
+        sheet=Sheet(
+            "redundant.",
+            ("CLIP: text", "CLIP: empty text", "architecture: text", "architecture: empty text"),
+        ),
     ),
     Plan(
         "figure10",
-        "points for SAM: their accuracy",
+        "points for SAM: their accuracy, mIoU of its masks",
         _points,
         orderings=(("Ours", "CLIP"),),
+        notes=("mIoU is that of SAM's masks, each positive label by itself (Fig. 10b).",),
+        bars=_MEASURED,
     ),
 )

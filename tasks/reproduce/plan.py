@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 from tasks._configs import parse_yaml, read_yaml, split_name
+from tasks.reproduce.sheet import Sheet
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Reading:
         method: whose metric, of tasks with ``--model.methods``; runs that differ in it alone are one.
         task: in place of the one that the config has; "" for that.
         setting: what sets it apart from other readings of the same number; "" for the first.
+        hint: what to do where the run doesn't have the metric.
     """
 
     config: str
@@ -31,6 +33,7 @@ class Reading:
     method: str = ""
     task: str = ""
     setting: str = ""
+    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,13 @@ class Cell:
     Attributes:
         row: method, or what is measured.
         setting: which of several readings of the row, in the words of its options; "" for the first.
-        backbone: as in ``configs/backbones``; "" for the mean over all five; "demo".
+        backbone: as in ``configs/backbones``; "" for all of them; "demo".
         data: data set; "shapes" in the demo.
         metric: what the paper calls it.
         paper: fraction as printed; None for a dash, or where the paper draws and prints no number.
         reading: the run that gives ours; None where it is not ours to run, or follows from others.
         source: who printed it; "" for the paper.
+        derived: it follows from other cells, see `Plan.derive`.
     """
 
     row: str
@@ -56,6 +60,7 @@ class Cell:
     paper: float | None
     reading: Reading | None = None
     source: str = ""
+    derived: bool = False
 
 
 def _derive_nothing(cells: Sequence[Cell], ours: Mapping[Cell, float]) -> dict[Cell, float]:
@@ -75,6 +80,8 @@ class Plan:
         derive: cells without a run, from the numbers of those with one.
         notes: what has to be said below it.
         beside: tables and plots of its run that are laid beside it.
+        bars: metrics that are drawn as bars, a group a data set and a bar a row.
+        sheet: pictures of its run that are laid beside it on one sheet.
     """
 
     name: str
@@ -84,17 +91,18 @@ class Plan:
     derive: Callable[[Sequence[Cell], Mapping[Cell, float]], dict[Cell, float]] = _derive_nothing
     notes: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
+    bars: tuple[str, ...] = ()
+    sheet: Sheet | None = None
 
     def demo_cells(self) -> list[Cell]:
         """Its rows on the demo world: each method, setting and metric once."""
         once: dict[tuple[str, str, str], Cell] = {}
         for cell in self.cells():
-            if not cell.backbone:  # a mean over several
-                continue
             key = (cell.row, cell.setting, cell.metric)
             there = once.get(key)
             if there is None or (there.reading is None and cell.reading is not None):
-                once[key] = Cell(*key[:2], "demo", "shapes", key[2], None, cell.reading)
+                shapes = replace(cell, backbone="demo", data="shapes", paper=None, source="")
+                once[key] = shapes
         return list(once.values())
 
     def claims(self) -> list[tuple[str, str, str]]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
 from common.files import csv_text, write_atomically
-from tasks.reproduce.plan import Cell, Job, Plan
+from tasks.reproduce.card import make_card
+from tasks.reproduce.plan import Cell, Plan
 from tasks.run import Run
 from tasks.run.compare import Side
 
@@ -33,18 +36,23 @@ class Reproduction:
     runs: dict[Cell, str] = field(default_factory=dict)
     why: dict[Cell, str] = field(default_factory=dict)
 
-    def fill(self, job: Job, run: Run) -> None:
-        """Take a finished run's numbers."""
+    @classmethod
+    def of(cls, plan: Plan, demo: bool) -> Reproduction:
+        """A whole table, without numbers of ours yet."""
+        return cls(plan, plan.demo_cells() if demo else plan.cells(), demo)
+
+    def fill(self, cells: Iterable[Cell], run: Run, name: str) -> None:
+        """Take numbers from a finished run of this name."""
         summary = run.summary
-        for cell in job.cells:
+        for cell in cells:
             assert cell.reading is not None  # jobs are made of readings
             of = summary.get("methods", {}).get(cell.reading.method, summary["metrics"])
             value = of.get(cell.reading.metric)
             if value is None:
-                self.why[cell] = f"{job.name} has no {cell.reading.metric}"
+                self.why[cell] = cell.reading.hint or f"{name} has no {cell.reading.metric}"
             else:
                 self.ours[cell] = float(value)
-                self.runs[cell] = job.name
+                self.runs[cell] = name
         self.ours |= self.plan.derive(self.cells, self.ours)
 
     def table(self) -> Side:
@@ -66,6 +74,11 @@ class Reproduction:
             return ours
         difference = f"; {100 * (self.ours[cell] - cell.paper):+.2f}" if cell in self.ours else ""
         return f"{ours} ({100 * cell.paper:.2f}{difference})"
+
+    def print(self) -> None:
+        """Show the table and what has to be said of it in a terminal."""
+        print(f"\n{self.plan.name}: {self.plan.title}\n{self.table().text()}\n")
+        print(*self.notes(), sep="\n")
 
     def notes(self) -> list[str]:
         """What has to be said below the table."""
@@ -96,7 +109,7 @@ class Reproduction:
     def _not_ours(self) -> list[str]:
         """Rows without any run, such as those of trained methods; not what follows from others."""
         with_runs = {cell.row for cell in self.cells if cell.reading}
-        rows = dict.fromkeys(cell.row for cell in self.cells if cell.backbone)
+        rows = dict.fromkeys(cell.row for cell in self.cells if not cell.derived)
         return [row for row in rows if row not in with_runs]
 
     def ordering(self) -> list[str]:
@@ -132,7 +145,7 @@ class Reproduction:
         return same if several and same else pairs
 
     def write(self, folder: Path) -> None:
-        """Write ``NAME.md`` and, with all digits and the runs' names, ``NAME.csv``."""
+        """Write ``NAME.md``; all digits and the runs' names as ``NAME.csv``; ``NAME.card.json``."""
         folder.mkdir(parents=True, exist_ok=True)
         notes = "\n".join(f"- {note}" for note in self.notes())
         text = f"{self.table().markdown()}\n\n{notes}\n"
@@ -152,3 +165,29 @@ class Reproduction:
         columns = ("row", "setting", "backbone", "data", "metric", "ours", "paper", "difference")
         more = ("source", "run", "why_not")
         write_atomically(folder / f"{self.plan.name}.csv", csv_text((*columns, *more), rows))
+        card = make_card(self.plan, self.demo, self.ours, self.runs, folder / "runs")
+        text = json.dumps(card, indent=1, ensure_ascii=False)
+        write_atomically(folder / f"{self.plan.name}.card.json", text + "\n")
+        self._draw(folder)
+
+    def _draw(self, folder: Path) -> None:
+        """The bars of a figure, ``NAME-METRIC.png`` and ``.csv``."""
+        from tasks.measures import Table  # and with it torchmetrics, which takes seconds
+        from tasks.run.tables import write_tables
+
+        tables = {}
+        for metric in self.plan.bars:
+            of = {(c.data, c.row): self.ours[c] for c in self.ours if c.metric == metric}
+            rows = list(dict.fromkeys(row for _, row in of))
+            if of:
+                tables[f"{self.plan.name}-{metric}"] = Table(
+                    ("data", *rows),
+                    [
+                        (data, *(of.get((data, row), math.nan) for row in rows))
+                        for data in dict.fromkeys(data for data, _ in of)
+                    ],
+                    plot="bars",
+                    label=metric,
+                )
+        if tables:
+            write_tables(folder, tables)

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common import signals
 from common.errors import UserError
-from tasks.reproduce.plan import Job, jobs
+from common.files import write_atomically
+from tasks.reproduce.plan import Job, Plan, jobs
 from tasks.reproduce.report import Reproduction
+from tasks.reproduce.sheet import draw_sheet
 from tasks.run import Run
 
 log = logging.getLogger(__name__)
 
 
 def run_all(
-    found: Reproduction,
+    wanted: Sequence[Reproduction],
     output: Path,
     *,
     data_root: Path = Path("shards"),
@@ -27,45 +30,72 @@ def run_all(
     fields: Mapping[str, Any] | None = None,
     tell: Callable[[str], None] = log.info,
 ) -> bool:
-    """Do the runs of a table, or go on with them; it is written anew after each.
+    """Do the runs of tables, or go on with them; a table is written anew after each of its runs.
+
+    What several tables need is run once.
 
     Args:
-        found: the table, filled on the way.
-        output: folder of the table; runs are below ``runs``.
+        wanted: the tables, filled on the way; all of the demo world, or none.
+        output: folder of the tables; runs are below ``runs``.
         data_root: folder of the data sets' shards, each in a folder of its name.
         scenes: of the demo world; None for its 48.
-        fields: of every run, as `tasks.predict` takes them.
+        fields: of every run, as `tasks.predict` takes them; see `processes`.
         tell: hears of each run.
 
     Returns:
         Whether no run failed. What has no data is not a failure.
+
+    Raises:
+        Exception: a run failed that several processes share; otherwise the next ones are done.
     """
-    todo = jobs(found.cells, found.demo)
+    import torch.distributed as dist
+
+    demo = wanted[0].demo
+    todo = jobs([cell for found in wanted for cell in found.cells], demo)
     good = True
     first = signals.speaks()  # one process of those that share the runs writes and tells
     for i, job in enumerate(todo, start=1):
         if first:
             tell(f"[{i}/{len(todo)}] {job.name}")
-        reason = missing(job, data_root, found.demo)
+        run, reason = None, missing(job, data_root, demo)
         if reason is None:
             try:
-                run = _predict(job, output, data_root, found.demo, scenes, fields or {})
-                if first:
-                    found.fill(job, run)
-                    _lay_beside(found, run.folder, output)
+                run = _predict(job, output, data_root, demo, scenes, fields or {})
             except Exception as error:
                 signals.check()  # a stop wins over what it causes
+                if dist.is_initialized() and dist.get_world_size() > 1:
+                    raise  # the others may be anywhere
                 good = False
                 reason = f"the run failed: {' '.join(str(error).split()) or repr(error)}"
                 if not isinstance(error, UserError | OSError):  # our fault: the others still go on
                     traceback.print_exc()
+        if not first:
+            continue
         if reason is not None:
-            found.why |= dict.fromkeys(job.cells, reason)
-            if first:
-                tell(f"    {reason}")
-        if first:
+            tell(f"    {reason}")
+        for found in wanted:
+            if not (cells := [cell for cell in job.cells if cell in found.cells]):
+                continue
+            if run is None:
+                found.why |= dict.fromkeys(cells, str(reason))
+            else:
+                found.fill(cells, run, job.name)
+                _lay_beside(found.plan, run, output)
             found.write(output)
     return good
+
+
+def processes() -> dict[str, int]:
+    """How many processes torchrun or srun has started, as fields of a run: one without them."""
+    from lightning.fabric.plugins.environments import SLURMEnvironment
+
+    env = os.environ
+    world, here = env.get("WORLD_SIZE"), env.get("LOCAL_WORLD_SIZE")
+    if not (world and here) and SLURMEnvironment.detect():
+        world = env["SLURM_NTASKS"]
+        here = str(int(world) // int(env.get("SLURM_NNODES", "1")))
+    devices = int(here or 1)
+    return {"trainer.devices": devices, "trainer.num_nodes": int(world or 1) // devices}
 
 
 def missing(job: Job, data_root: Path, demo: bool = False) -> str | None:
@@ -77,7 +107,9 @@ def missing(job: Job, data_root: Path, demo: bool = False) -> str | None:
         return "the demo has no learned prompts" if learned else None
     folder = data_root / job.shards
     if not tars_in(str(folder)):
-        return f"no shards in {folder}; make them: {job.shards_command(folder)}"
+        command = job.shards_command(folder)
+        help = " ".join(command.split()[:3])
+        return f"no shards in {folder}; make them: {command} ({help} --help: where from)"
     for value in learned:
         if not (data_root / value).is_file():
             return f"no {data_root / value}: features of TaI-DPT's learned prompts"
@@ -118,10 +150,12 @@ def _predict(
     return tasks.predict(config, **{**own, "trainer.devices": 1, **fields, "writer.output": folder})
 
 
-def _lay_beside(found: Reproduction, run: Path, output: Path) -> None:
+def _lay_beside(plan: Plan, run: Run, output: Path) -> None:
     """Copy what a figure's run has drawn and listed to the figure."""
-    for table in found.plan.beside:
+    for table in plan.beside:
         for ending in ("csv", "png"):
-            if (run / f"{table}.{ending}").is_file():
-                target = output / f"{found.plan.name}-{table}.{ending}"
-                shutil.copyfile(run / f"{table}.{ending}", target)
+            file = run.folder / f"{table}.{ending}"
+            if file.is_file():
+                shutil.copyfile(file, output / f"{plan.name}-{file.name}")
+    if plan.sheet and (page := draw_sheet(run, plan.sheet)):
+        write_atomically(output / f"{plan.name}-{plan.sheet.prefix}png", page)

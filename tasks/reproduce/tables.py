@@ -50,9 +50,6 @@ ABLATIONS = {
 }
 """Rows of Table 4 -> recipe of `surgery.RECIPES`."""
 
-MEAN = "Mean difference"
-"""Table 1's last row: ours minus CLIP, over all backbones."""
-
 _FORM = (
     "Feature surgery and the order of min-max and enlarging as in the released code, unless a setting "
     "says otherwise (docs/fidelity.md)."
@@ -74,7 +71,8 @@ def of_number(number: Number, found: Sequence[Reading]) -> list[Cell]:
     """The cells of a printed number: one for each of its readings."""
     where = (number.backbone, number.data, number.metric, number.value)
     if not found:
-        return [Cell(number.row, number.setting, *where, source=number.source)]
+        derived = not number.backbone
+        return [Cell(number.row, number.setting, *where, source=number.source, derived=derived)]
     return [
         Cell(number.row, reading.setting or number.setting, *where, reading, number.source)
         for reading in found
@@ -177,16 +175,16 @@ _READINGS: dict[str, Callable[[Number], list[Reading]]] = {
 
 
 def _means(cells: Sequence[Cell], ours: Mapping[Cell, float]) -> dict[Cell, float]:
-    """Table 1's mean over backbones of ours minus CLIP, once all backbones are there."""
+    """Table 1's last row, ours minus CLIP over all backbones, once all are there."""
     derived = {}
     for mean in cells:
-        if mean.row != MEAN:
+        if not mean.derived:
             continue
         of = {
             (cell.backbone, cell.row): ours.get(cell)
             for cell in cells
             if (cell.data, cell.metric, cell.setting) == (mean.data, mean.metric, "")
-            and cell.row != MEAN
+            and not cell.derived
         }
         pairs = [(of[b, "Ours"], of.get((b, "CLIP"))) for b, row in of if row == "Ours"]
         found = [a - b for a, b in pairs if a is not None and b is not None]

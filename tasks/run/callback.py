@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.loggers import Logger
 
 from common import signals
+from common.errors import InvalidSetting
 from common.files import is_nan
 from datamodules._samples import Batch
 from tasks._task import Task
@@ -48,7 +49,8 @@ class ResultWriter(BasePredictionWriter):
     Args:
         output: folder of the run.
         layout: ``tar`` writes shards, ``files`` a folder of plain files in place of each.
-        overlays: also write heat maps over the images (JPEG).
+        overlays: also write heat maps over the images (JPEG): of all, or of so many first ones of each
+            shard.
         overwrite: replace an earlier run in the folder, once this one is known to be valid.
     """
 
@@ -62,10 +64,12 @@ class ResultWriter(BasePredictionWriter):
         self,
         output: str = "runs/latest",
         layout: Literal["tar", "files"] = "tar",
-        overlays: bool = False,
+        overlays: bool | int = False,
         overwrite: bool = False,
     ) -> None:
         super().__init__("batch")
+        if overlays < 0:
+            raise InvalidSetting(f"--writer.overlays: true, false or how many, got {overlays}")
         self.output = Path(output)
         self.layout = layout
         self.overlays = overlays
@@ -79,7 +83,7 @@ class ResultWriter(BasePredictionWriter):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the run's folder, and tell the datamodule which shards are finished."""
         task = _task(pl_module)
-        task.draws = self.overlays
+        task.draws = bool(self.overlays)
         data = task.datamodule
         self._mine = [name for name, _ in data.part_list()]
         self.tally = Tally(data.max_error_rate, len(self._mine))
@@ -168,6 +172,9 @@ class ResultWriter(BasePredictionWriter):
                 f"shard {shard.name} broke off at sample {shard.position} (then came {batch.shard} at "
                 f"{batch.start}): its file changed while it was read, or a loader failed; run again"
             )
+        if self.overlays is not True:
+            left = max(self.overlays - (shard.position - len(shard.errors)), 0)
+            prediction = [*prediction[:left], *(replace(r, draw=None) for r in prediction[left:])]
         shard.position = batch.end
         shard.errors += batch.errors
         self._thread.run(partial(shard.add, prediction))

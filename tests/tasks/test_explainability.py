@@ -115,7 +115,11 @@ def test_bf16_gives_nearly_the_same_numbers(finished, predict, tmp_path):
 
 
 def test_overlays_and_plain_files(predict, tmp_path):
-    run = predict(tmp_path / "files", "--writer.layout=files", "--writer.overlays=true")
+    """Pictures of the first five images of a shard, plain files."""
+    run = predict(tmp_path / "files", "--writer.layout=files", "--writer.overlays=5")
+    for shard, keys in (("000000", range(5)), ("000003", (18, 19))):
+        drawn = {path.name.partition(".")[0] for path in (run / shard).glob("*.jpg")}
+        assert drawn == {f"{key:08d}" for key in keys}
     pictures = sorted((run / "000000").glob("00000000.surgery.map.*.jpg"))
     masks = sorted((run / "000000").glob("00000000.surgery.mask.*.png"))
     assert len(pictures) == len(masks) == len(draw_scene(5, 0, 64).nouns)

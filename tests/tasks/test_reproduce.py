@@ -3,10 +3,16 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 from tasks.__main__ import main
+from tasks.reproduce import PLANS
+from tasks.reproduce.card import read_card
+from tasks.reproduce.plan import jobs
+from tasks.reproduce.report import Reproduction
+from tasks.reproduce.runs import processes
 
 METHOD = {
     "CLIP": "clip",
@@ -61,6 +67,65 @@ def test_a_table_on_the_demo_world_says_whether_the_papers_ordering_holds(tmp_pa
             broken = f"{metric}: {order[above]} {100 * one:.2f} is not above {order[below]}"
             assert (broken in said) == (one <= other)
     assert (tmp_path / "table3.md").read_text().count("| CLIP |  |") == 1
+    card = tmp_path / "table3.card.json"
+    table = said[said.index("\ntable3: ") : said.index("\nwritten to")]
+    assert main(["reproduce", str(card)]) == 0
+    assert capsys.readouterr().out == table
+    assert str(tmp_path) not in card.read_text()
+    assert "table3.csv" in {path.name for path in tmp_path.iterdir()}
+    whole = json.loads(card.read_text())
+    run = next(iter(whole["runs"].values()))
+    assert run["data"]["images"] == 2
+    for change, told in (
+        (lambda c: c["cells"][0].update(ours=37.9), "no fraction"),
+        (lambda c: c["cells"][0].update(row="Theirs"), "no cell Theirs"),
+        (lambda c: c["cells"][0].update(run="another"), "not there"),
+        (lambda c: next(iter(c["runs"].values())).update(weights="1"), "digest"),
+        (lambda c: c.pop("runs"), "no card"),
+        (lambda c: c.update(format=9), "format 9"),
+    ):
+        broken = json.loads(json.dumps(whole))
+        change(broken)
+        card.write_text(json.dumps(broken))
+        assert main(["reproduce", str(card)]) == 1
+        assert told in capsys.readouterr().err
+
+
+def test_cards_that_were_sent_can_be_read():
+    for path in (Path(__file__).parents[2] / "results").glob("*.json"):
+        assert read_card(path, PLANS)
+
+
+def test_what_several_tables_need_is_run_once(tmp_path, capsys):
+    assert reproduce("all", tmp_path / "paper", "--demo", "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len({*lines}) == len(lines)
+    every = "clip-surgery-grad_cam-plrp-bi_modal-gscorecam-rclip-architecture-surgery_paper"
+    assert f"demo_explainability-{every}" in lines
+    assert sum("analysis" in line for line in lines) == 1
+
+
+def test_variations_are_of_all_ten_values():
+    plan = PLANS["sensitivity"]
+    cells = plan.cells()
+    ours = {c: float(c.setting) / 100 for c in cells if c.row == "tau" and c.setting != "4"}
+    assert not plan.derive(cells, ours)
+    ours |= {c: 0.5 for c in cells if (c.row, c.setting) == ("tau", "4")}
+    ((cell, value),) = plan.derive(cells, ours).items()
+    assert (cell.row, cell.paper) == ("Variation over tau in 1..10", 0.0012)
+    assert value == pytest.approx(0.49)
+
+
+def test_processes_are_those_of_the_launcher(monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NNODES"):
+        monkeypatch.delenv(name, raising=False)
+    assert processes() == {"trainer.devices": 1, "trainer.num_nodes": 1}
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    assert processes() == {"trainer.devices": 4, "trainer.num_nodes": 2}
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert processes() == {"trainer.devices": 2, "trainer.num_nodes": 3}
 
 
 def test_ours_beside_the_printed_numbers(scenes, tiny, tmp_path, capsys):
@@ -99,10 +164,6 @@ def test_ours_beside_the_printed_numbers(scenes, tiny, tmp_path, capsys):
 
 
 def test_the_mean_over_backbones_needs_all_of_them():
-    from tasks.reproduce import PLANS
-    from tasks.reproduce.plan import jobs
-    from tasks.reproduce.report import Reproduction
-
     class Finished:
         def __init__(self, value):
             each = {"mIoU": value, "mSC": value}
@@ -110,12 +171,12 @@ def test_the_mean_over_backbones_needs_all_of_them():
             two = {"mIoU": value + 0.25, "mSC": value + 0.5}
             self.summary["methods"]["surgery"] = two
 
-    found = Reproduction(PLANS["table1"], PLANS["table1"].cells(), demo=False)
+    found = Reproduction.of(PLANS["table1"], demo=False)
     of_voc = [job for job in jobs(found.cells) if job.shards == "voc" and len(job.methods) == 2]
     (mean,) = (c for c in found.cells if (c.backbone, c.data, c.metric) == ("", "voc", "mSC"))
     for i, job in enumerate(of_voc):
         assert mean not in found.ours
-        found.fill(job, Finished(i / 10))
+        found.fill(job.cells, Finished(i / 10), job.name)
     assert found.ours[mean] == pytest.approx(0.5)
 
 
@@ -135,6 +196,7 @@ def test_mistyped_words_are_told(tmp_path, capsys):
         (["--methods", "Grad-CAM"], "table1 has no 'Grad-CAM'"),
         (["--scenes", "3"], "--scenes is the demo's"),
         (["--demo", "hello"], "'hello' is neither"),
+        (["--demo", "--trainer.devices=2"], "start several with torchrun"),
     ):
         with pytest.raises(SystemExit, match="2"):
             reproduce("table1", tmp_path, *words)
