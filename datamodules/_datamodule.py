@@ -61,8 +61,9 @@ class ShardDataModule(LightningDataModule):
         names: words to use for the classes instead of the data set's own, in the same order: a list,
             or a text file with one a line.
         synonyms: the wording of the classes: ``none`` (the official names, where need be with joined
-            words apart), ``raw`` (as they are spelled), ``readable`` (friendlier words), or that of a
-            published evaluation, where the data set knows it.
+            words apart), ``raw`` (as they are spelled), ``readable`` (friendlier words), that of a
+            published evaluation, where there is one for the data set, or of a text file: a line a class,
+            with commas between its words.
         background: whether the background is a class of its own in segmentation; by default as
             usual for the data set.
         on_error: ``skip`` lists a bad sample in ``errors.jsonl`` and goes on, ``raise`` stops.
@@ -130,6 +131,9 @@ class ShardDataModule(LightningDataModule):
         if resize != "squash" and not isinstance(image_size, int | None):
             raise InvalidSetting(f"--data.resize {resize} needs one number as --data.image_size")
         self.info = worded(self.info, read_names(names), self.wordings, synonyms, background)
+        self.names = names
+        self.synonyms = synonyms
+        self.background = background
         self.shards = shards
         self.batch_size = batch_size
         self.num_workers = num_workers

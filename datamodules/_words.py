@@ -1,7 +1,11 @@
-"""The words that stand for classes: a data set's own, a published evaluation's, or the user's."""
+"""The words that stand for classes: a data set's own, a published evaluation's, or the user's.
+
+Those of published evaluations lie in ``datamodules/words/DATASET/WORDING.txt``, each with its source.
+"""
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,6 +13,8 @@ from pathlib import Path
 
 from common.errors import InvalidSetting, MissingFile
 from datamodules._samples import DatasetInfo, Wording
+
+FOLDER = Path(__file__).parent / "words"
 
 
 def read_names(names: list[str] | str | None) -> list[str] | None:
@@ -27,6 +33,37 @@ def read_names(names: list[str] | str | None) -> list[str] | None:
     else:
         lines = names.split(",")
     return [line.strip() for line in lines if line.strip()]
+
+
+def packaged(name: str) -> dict[str, Path]:
+    """Wordings of a data set that have a file: name -> path."""
+    return {path.stem: path for path in sorted((FOLDER / name).glob("*.txt"))}
+
+
+def read_wording(path: Path, info: DatasetInfo) -> Wording:
+    """The words of a file: one class a line in the order of labels, with commas between its words.
+
+    Where there is a line more than there are classes, the first is that of the background. A phrase with
+    a comma in it stands in double quotes; ``#`` begins a comment.
+
+    Raises:
+        InvalidSetting: it has another number of lines, or one without a word.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    words = [
+        tuple(word.strip() for word in row if word.strip())
+        for row in csv.reader(lines, skipinitialspace=True)
+    ]
+    count = len(info.classes)
+    if len(words) not in (count, count + 1) or not all(words):
+        raise InvalidSetting(
+            f"{path} has words for {len(words)} classes, but {info.name} has {count}: give one line a "
+            "class, in the order of `lightning list datasets`, led by one for the background if need be"
+        )
+    if len(words) == count:
+        return Wording(tuple(words))
+    return Wording(tuple(words[1:]), words[0])
 
 
 def worded(
@@ -50,13 +87,18 @@ def worded(
             f"--data.names has {len(names)} names, but {info.name} has {len(info.classes)} classes: "
             f"give one a class, in the order of `lightning list datasets`"
         )
-    if synonyms not in ("none", "raw", *wordings):
-        known = ", ".join(("none", "raw", *wordings))
-        raise InvalidSetting(f"--data.synonyms {synonyms!r}: {info.name} has {known}")
+    files = packaged(info.name)
+    if synonyms.endswith(".txt") or os.path.isfile(synonyms):
+        if not os.path.isfile(synonyms):
+            raise MissingFile(f"--data.synonyms {synonyms!r}: no such file in {os.getcwd()}")
+        files = {synonyms: Path(synonyms)}
+    elif synonyms not in (known := ("none", "raw", *wordings, *files)):
+        raise InvalidSetting(f"--data.synonyms {synonyms!r}: {info.name} has {', '.join(known)}")
     if background and not info.zero_is_background:
         raise InvalidSetting(f"--data.background true: {info.name} has no background, only void")
-    if synonyms in wordings:
-        words, background_words = wordings[synonyms]
+    if synonyms in wordings or synonyms in files:
+        found = wordings.get(synonyms) or read_wording(files[synonyms], info)
+        words, background_words = found
     else:
         prompts = info.classes if synonyms == "raw" else info.prompts
         words, background_words = tuple((prompt,) for prompt in prompts), info.background_words

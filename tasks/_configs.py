@@ -129,7 +129,7 @@ def compose(backbone: Path | None, experiment: Path | None, output: str | None) 
             raise InvalidConfig(f"{experiment}: an experiment can't be composed of others")
         found = _layers(str(experiment), settings, experiment.parent)
         if backbone:
-            _fit_sizes(found[0].fields, tower.get("model"))
+            fit_sizes(found[0].fields, tower.get("model"))
     if backbone:
         fields: dict[str, Any] = {"model": {"backbone": tower}}
         found.append(Layer(str(backbone), fields))
@@ -138,7 +138,7 @@ def compose(backbone: Path | None, experiment: Path | None, output: str | None) 
     return found
 
 
-def _fit_sizes(fields: dict[str, Any], model: Any) -> None:
+def fit_sizes(fields: dict[str, Any], model: Any) -> None:
     """Make the sizes of an experiment those of a tower.
 
     They are written for ViT-B/16: 224, the size that it was trained at, becomes the tower's own, others

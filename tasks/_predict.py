@@ -31,6 +31,7 @@ from tasks._configs import (
     read_layers,
 )
 from tasks._progress import ImageProgress
+from tasks._protocols import with_protocol
 from tasks._ranks import Ranks, environment
 from tasks._task import Task
 from tasks.run import Run, RunError
@@ -70,7 +71,6 @@ class Predict(LightningCLI):
     def __init__(
         self, layers: Sequence[Layer], words: Sequence[str] = (), ranks: Ranks | None = None
     ) -> None:
-        self.layers = layers
         self.ranks = ranks
         wants_help = {"-h", "--help"}.intersection(words)
         self.classes: dict[str, type] = {}
@@ -83,6 +83,7 @@ class Predict(LightningCLI):
                 self.classes[section] = base
             else:
                 raise InvalidConfig(_nothing_chosen(section, layers))
+        self.layers = with_protocol(layers, words, self.classes)
         super().__init__(
             self.classes["model"],
             self.classes["data"],

@@ -177,6 +177,10 @@ class Task(LightningModule):
         ours = [name for name in names if name not in ("self", "backbone")]
         return {"backbone": asdict(self.config), **{name: getattr(self, name) for name in ours}}
 
+    def described(self) -> dict[str, Any]:
+        """What else ``run.json`` says of this task; good to know, not compared."""
+        return {}
+
     def text_files(self) -> list[str]:
         """Files whose features stand for the class texts."""
         return [self.text_features] if self.text_features else []

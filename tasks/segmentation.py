@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,10 +20,14 @@ from surgery.prompts import find_templates
 from surgery.refine import REFINEMENTS
 from surgery.windows import cut_windows, window_similarities
 from tasks._draw import label_figure
+from tasks._protocols import check_name, find_protocol
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks._transfer import alike, fetch
 from tasks.measures.segmentation import SegmentationMeasures
 from tasks.run.results import Facts, ImageResult, LabelMap
+from tasks.run.terminal import in_words
+
+log = logging.getLogger(__name__)
 
 
 class Segmentation(Task):
@@ -52,6 +57,9 @@ class Segmentation(Task):
         window: side in pixels of a sliding window; cosines are averaged where windows overlap.
         stride: pixels from one window to the next; half of ``window`` by default.
         text_features: features of the class texts from a file, see `Task`; in place of synonyms.
+        protocol: all settings of a published evaluation but the method, by one name, see `lightning list
+            protocols`: those of the texts, the images and what follows. What is set beside it, or on the
+            command line, wins, and the run says where it departs.
         refine: pamr makes the cosines follow the colours of the image, at the label's size.
         area_thd: in each image, an object that has not more than this share of the pixels of all objects
             gives way to the next likely class. Needs a background.
@@ -82,6 +90,7 @@ class Segmentation(Task):
         window: int | None = None,
         stride: int | None = None,
         text_features: str | None = None,
+        protocol: str | None = None,
         refine: Literal["pamr"] | None = None,
         area_thd: float | None = None,
         softmax: Literal["float32", "float16"] = "float32",
@@ -108,6 +117,9 @@ class Segmentation(Task):
         self.tile = tile
         self.window = window
         self.stride = stride
+        if protocol is not None:
+            check_name(protocol)
+        self.protocol = protocol
         self.refine = refine
         self.area_thd = area_thd
         self.softmax = softmax
@@ -130,6 +142,28 @@ class Segmentation(Task):
                 "--model.area_thd needs words for the background, which is what remains where no object "
                 "is large enough: --data.background true"
             )
+
+    def setup(self, stage: str) -> None:
+        """As of all tasks; says which protocol is followed, and where it is departed from."""
+        super().setup(stage)
+        if self.protocol and self.trainer.is_global_zero:
+            log.info("%s", in_words(self.described()["protocol"]))
+
+    def described(self) -> dict[str, Any]:
+        """The protocol, where one is followed, its source, and what is otherwise."""
+        if self.protocol is None:
+            return {}
+        data = self.datamodule
+        found = find_protocol(self.protocol, type(data), bool(data.info.background_words))
+        return {
+            "protocol": {
+                "name": found.name,
+                "dataset": found.dataset,
+                "source": found.source,
+                "departs": found.departures(self, data),
+                "differs": list(found.differs),
+            }
+        }
 
     def background_words(self, info: DatasetInfo) -> tuple[str, ...]:
         """The words of the background class; none if it has none."""

@@ -81,11 +81,19 @@ def list_methods() -> list[tuple[str, str]]:
     return [(name, f"{method.summary} ({method.needs()})") for name, method in METHODS.items()]
 
 
+def list_protocols() -> list[tuple[str, str]]:
+    """Values of ``--model.protocol``, and the data sets that each is of."""
+    from tasks import _protocols
+
+    return _protocols.list_protocols()
+
+
 LISTS: dict[str, Callable[[], list[tuple[str, str]]]] = {
     "configs": list_configs,
     "datasets": list_datasets,
     "methods": list_methods,
     "models": list_models,
+    "protocols": list_protocols,
     "recipes": list_recipes,
     "tasks": list_tasks,
 }

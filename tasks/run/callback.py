@@ -120,6 +120,7 @@ class ResultWriter(BasePredictionWriter):
             "shards": [name for name, _ in task.datamodule.shard_list()],
             "contents": task.datamodule.contents(),
             "info": asdict(task.info),
+            **task.described(),
             "versions": {name: version(name) for name in _PACKAGES},
         }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import textwrap
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from tasks.run.folder import Run
@@ -29,6 +30,8 @@ def print_report(run: Run, tally: Tally | None = None) -> None:
     _print_threshold(summary)
     for remark in remarks(task, summary):
         print(f"  note: {remark}")
+    if protocol := run.described.get("protocol"):
+        print(f"  {in_words(protocol)}")
     shards = summary["shards"]
     print(f"\n{summary['images']} images, {summary['errors']} errors", end="")
     print(f" ({run.folder / 'errors.jsonl'})" if summary["errors"] else "", end="")
@@ -71,6 +74,16 @@ def _print_metrics(task: str, summary: dict[str, Any]) -> None:
             print(
                 f"  {name:<{left}}{first}", *(f"{'':{left + 2}}{line}" for line in more), sep="\n"
             )
+
+
+def in_words(protocol: Mapping[str, Any]) -> str:
+    """Which protocol a run follows, and where it doesn't."""
+    others = ", ".join(
+        f"{name} {of['run']} in place of {of['protocol']}"
+        for name, of in protocol["departs"].items()
+    )
+    follows = f"protocol {protocol['name']} on {protocol['dataset']}"
+    return f"{follows}, but {others}" if others else follows
 
 
 def _print_threshold(summary: dict[str, Any]) -> None:

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 import datamodules
+from common.errors import MissingFile
 from datamodules import DATASETS, READ_AS_THEY_ARE
+from datamodules._samples import DatasetInfo
+from datamodules._words import packaged, read_wording
 from tasks.__main__ import main
 from tests.datamodules.fakes import (
     fake_ade20k,
@@ -131,7 +134,7 @@ def test_names_colours_and_words_fit(name, tmp_path):
     info = cls.info
     assert len(set(info.classes)) == len(set(info.prompts)) == len(info.classes)
     assert len(info.palette) == len(info.classes)
-    for wording in cls.wordings:
+    for wording in (*cls.wordings, *packaged(info.name)):
         data = cls(
             shards=str(tmp_path), synonyms=wording, background=info.zero_is_background or None
         )
@@ -154,8 +157,35 @@ def test_background_leads_the_synonyms():
     )
     with pytest.raises(ValueError, match="no background"):
         datamodules.Cityscapes("shards", background=True)
-    with pytest.raises(ValueError, match="none, raw, official"):
-        datamodules.ADE20K("shards", synonyms="sclip")
+    with pytest.raises(ValueError, match="none, raw, official, cliper, cliptrase, corrclip, sclip"):
+        datamodules.ADE20K("shards", synonyms="naclip")
+
+
+def test_words_in_files(tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text('# mine\ncat, kitty\n"dog, but small", puppy\n')
+    info = DatasetInfo("pets", ("cat", "dog"))
+    assert read_wording(words, info) == (
+        (("cat", "kitty"), ("dog, but small", "puppy")),
+        ("background",),
+    )
+    words.write_text("sky, grass\ncat\ndog\n")
+    assert read_wording(words, info) == ((("cat",), ("dog",)), ("sky", "grass"))
+    voc = datamodules.VOC("shards", synonyms="cliper", background=True).info
+    assert voc.prompts[14] == "person with clothes, people, human"
+    assert voc.background_words[:2] == ("ground", "land")
+    words.write_text("cat\n")
+    with pytest.raises(ValueError, match=r"words.txt has words for 1 classes, but voc has 20"):
+        datamodules.VOC("shards", synonyms=str(words))
+    with pytest.raises(MissingFile, match=r"--data.synonyms 'nowhere.txt'"):
+        datamodules.VOC("shards", synonyms="nowhere.txt")
+
+
+def test_words_of_sclips_evaluation_that_are_no_dictionarys():
+    ade = datamodules.ADE20K("shards", synonyms="sclip").info
+    assert {"chestofdrawers", "televisionreceiver", "crtscreen"} <= set(ade.prompts)
+    stuff = datamodules.COCOStuff("shards", synonyms="sclip").info
+    assert sum(a != b for a, b in zip(stuff.prompts, stuff.classes, strict=True)) == 15
 
 
 @pytest.mark.parametrize(

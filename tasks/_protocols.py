@@ -1,0 +1,187 @@
+"""Protocols: all settings of a published evaluation but the method, by one name.
+
+A protocol is a file of ``configs/protocols``: fields that hold for every data set it was run on
+(``every``), those of each (``sets``), and where they are written down. A config or a command line names
+one (``--model.protocol sclip``); here it becomes a layer of settings like any other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from datamodules._datamodule import ShardDataModule
+from tasks._configs import FOLDER, InvalidConfig, Layer, fit_sizes, names_of, parse_yaml, title
+
+SETS: Mapping[tuple[str, bool], str] = {
+    ("VOC", True): "voc21",
+    ("VOC", False): "voc20",
+    ("PascalContext", True): "context60",
+    ("PascalContext", False): "context59",
+    ("COCOObject", True): "coco_object",
+    ("COCOStuff", False): "coco_stuff",
+    ("Cityscapes", False): "cityscapes",
+    ("ADE20K", False): "ade20k",
+}
+"""DataModule, and whether the background is a class -> what the field calls that."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A published evaluation on one data set.
+
+    Attributes:
+        name: such as ``sclip``.
+        dataset: such as ``voc21``.
+        fields: dotted name -> value of everything that the evaluation fixes.
+        source: repository, file and commit that say so.
+        differs: what of the evaluation is otherwise here, in sentences.
+    """
+
+    name: str
+    dataset: str
+    fields: Mapping[str, Any]
+    source: str
+    differs: Sequence[str] = field(default_factory=tuple)
+
+    def fitted(self, model: str | None) -> dict[str, Any]:
+        """The fields, with sizes that fit a tower where images are not of their own size anyway."""
+        fields = nested(self.fields)
+        if model and self.fields["data.resize"] == "squash":
+            fit_sizes(fields, model)
+        return fields
+
+    def departures(self, task: Any, datamodule: ShardDataModule) -> dict[str, dict[str, Any]]:
+        """Fields that a run has otherwise: dotted name -> the protocol's value, and the run's."""
+        found = {}
+        for section, fields in self.fitted(task.config.model).items():
+            run = task if section == "model" else datamodule
+            for name, value in fields.items():
+                if (has := _plain(getattr(run, name))) != value:
+                    found[f"{section}.{name}"] = {"protocol": value, "run": has}
+        return found
+
+
+def list_protocols() -> list[tuple[str, str]]:
+    """Names, and what each is."""
+    rows = []
+    for name in names_of("protocols"):
+        path = FOLDER / "protocols" / f"{name}.yaml"
+        read = _read(path)
+        sets = f" ({', '.join(read['sets'])})" if "sets" in read else ""
+        rows.append((name, f"{title(path)}{sets}"))
+    return rows
+
+
+def check_name(name: str) -> None:
+    """Refuse the name of no protocol, and of one that can't be offered.
+
+    Raises:
+        InvalidConfig: says what is near, or why not.
+    """
+    known = names_of("protocols")
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise InvalidConfig(f"--model.protocol: no {name!r}.{hint} Known: {', '.join(known)}")
+    if reason := _read(FOLDER / "protocols" / f"{name}.yaml").get("refused"):
+        raise InvalidConfig(f"--model.protocol {name} is not offered: {reason}")
+
+
+def find_protocol(
+    name: str, datamodule: type[ShardDataModule], background: bool | None
+) -> Protocol:
+    """A protocol on a data set.
+
+    Args:
+        name: of the protocol.
+        datamodule: class of the data set.
+        background: whether the background is a class of its own; None as usual for the data set.
+
+    Raises:
+        InvalidConfig: no such protocol, or it says nothing of the data set.
+    """
+    check_name(name)
+    read = _read(FOLDER / "protocols" / f"{name}.yaml")
+    if background is None:
+        background = bool(datamodule.info.background_words)
+    dataset = SETS.get((datamodule.__name__, background), "")
+    if dataset not in read["sets"]:
+        words = " with a background" if background else " without a background"
+        raise InvalidConfig(
+            f"--model.protocol {name} says nothing of {datamodule.__name__}{words}: it is of "
+            f"{', '.join(read['sets'])}"
+        )
+    own = dict(read["sets"][dataset])
+    source = f"{read['repository']} {own.pop('file')} {read['commit']}"
+    return Protocol(
+        name, dataset, {**read["every"], **own}, source, tuple(read.get("differs") or ())
+    )
+
+
+def with_protocol(
+    layers: Sequence[Layer], words: Sequence[str], classes: Mapping[str, type]
+) -> list[Layer]:
+    """Layers with one more where a protocol is named: below what is said beside its name.
+
+    So it wins over what configs said before, and loses to what stands beside its name or comes later.
+
+    Args:
+        layers: what configs set; later ones win.
+        words: fields on a command line, which win over all.
+        classes: the task ("model") and the data set ("data") that were chosen.
+
+    Raises:
+        InvalidConfig: no such protocol, or none for this data set.
+    """
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--model.protocol", dest="protocol")
+    options.add_argument("--data.background", dest="background")
+    given = vars(options.parse_known_args(list(words))[0])
+    said = [layer.fields.get("model") or {} for layer in layers]
+    places = [i for i, fields in enumerate(said) if "protocol" in fields]
+    place = len(layers) if given["protocol"] else places[-1] if places else None
+    if place is None or "protocol" not in signature(classes["model"]).parameters:
+        return list(layers)
+    name = parse_yaml(given["protocol"], "") if given["protocol"] else said[place]["protocol"]
+    if name is None:
+        return list(layers)
+    background: Any = None
+    for layer in layers:
+        background = (layer.fields.get("data") or {}).get("background", background)
+    if given["background"]:
+        background = parse_yaml(given["background"], "--data.background")
+    protocol = find_protocol(str(name), classes["data"], background)
+    tower = None
+    for fields in said:
+        tower = (fields.get("backbone") or {}).get("model", tower)
+    layer = Layer(f"protocol {protocol.name}", protocol.fitted(tower))
+    return [*layers[:place], layer, *layers[place:]]
+
+
+def nested(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted names as mappings: section -> field -> value."""
+    found: dict[str, Any] = {}
+    for key, value in fields.items():
+        section, _, name = key.partition(".")
+        found.setdefault(section, {})[name] = value
+    return found
+
+
+@cache
+def _read(path: Path) -> dict[str, Any]:
+    read: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return read
+
+
+def _plain(value: Any) -> Any:
+    """As a config has it: lists, not tuples."""
+    return list(value) if isinstance(value, tuple) else value
