@@ -41,7 +41,12 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"lightning compare: {error}", file=sys.stderr)
         return 1
+    for line in found.legend():
+        print(line)
     for name, side in found.sides.items():
+        if not side.rows:
+            print(f"\n{side.title}: none")
+            continue
         lines = side.text().splitlines()
         more = 0 if name != "classes" else max(len(lines) - 1 - options.classes, 0)
         print(f"\n{side.title}", *lines[: len(lines) - more], sep="\n")

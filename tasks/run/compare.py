@@ -5,8 +5,9 @@ from __future__ import annotations
 import heapq
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +22,8 @@ COUNTS = ("images", "positives", "points")
 BEST = 5
 """How many of the highest scores of an image are compared."""
 
+_LONGEST = 16  # letters of a name that heads a column
+
 Value = str | float | None
 Key = TypeVar("Key")
 
@@ -34,22 +37,29 @@ class Side:
         columns: their names.
         rows: one value a column; None where there is none.
         percent: whether numbers are fractions, to be shown in percent.
+        shown: column -> what people see in its place, where that is long; the csv has the whole.
     """
 
     title: str
     columns: tuple[str, ...]
     rows: list[tuple[Value, ...]]
     percent: bool = True
+    shown: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The columns' names as people see them."""
+        return tuple(self.shown.get(column, column) for column in self.columns)
 
     def markdown(self) -> str:
         """The table, with its title above."""
-        lines = [self.columns, ("---",) * len(self.columns)]
+        lines = [self.heads, ("---",) * len(self.columns)]
         lines += [tuple(self._cell(value) for value in row) for row in self.rows]
         return "\n".join([f"## {self.title}", "", *(f"| {' | '.join(line)} |" for line in lines)])
 
     def text(self) -> str:
         """The same in columns, for a terminal."""
-        lines = [self.columns, *(tuple(self._cell(value) for value in row) for row in self.rows)]
+        lines = [self.heads, *(tuple(self._cell(value) for value in row) for row in self.rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
         return "\n".join(
             "  ".join(
@@ -72,15 +82,26 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` finds: ``metrics``, ``classes``, ``settings`` and ``images``."""
+    """What `compare` finds.
+
+    Attributes:
+        sides: ``metrics``, ``classes``, ``settings`` and ``images``.
+        letters: what runs with long names are called in them -> name.
+    """
 
     sides: Mapping[str, Side]
+    letters: Mapping[str, str]
+
+    def legend(self) -> list[str]:
+        """A line for each run that has a letter."""
+        return [f"{letter}: {name}" for letter, name in self.letters.items()]
 
     def write(self, folder: Path) -> None:
         """Write ``compare.md``, and ``NAME.csv`` of each table."""
         folder.mkdir(parents=True, exist_ok=True)
-        text = "\n\n".join(side.markdown() for side in self.sides.values())
-        write_atomically(folder / "compare.md", f"# Runs side by side, percent\n\n{text}\n")
+        parts = ["# Runs side by side, percent", *(f"- {line}" for line in self.legend())]
+        parts += [side.markdown() for side in self.sides.values()]
+        write_atomically(folder / "compare.md", "\n\n".join(parts) + "\n")
         for name, side in self.sides.items():
             write_atomically(folder / f"{name}.csv", side.csv())
 
@@ -96,7 +117,11 @@ def compare(runs: Sequence[Run], images: int = 10) -> Comparison:
         RunError: a run can't be read.
     """
     names = _names(runs)
-    heads = (*names, *(f"{name} - {names[0]}" for name in names[1:]))
+    heads = _with_differences(names)
+    letters = {}
+    if max(map(len, names)) > _LONGEST and len(names) <= len(ascii_uppercase):
+        letters = dict(zip(ascii_uppercase, names, strict=False))
+    shown = dict(zip(heads, _with_differences([*letters]), strict=True)) if letters else {}
     metrics = [_metrics(run) for run in runs]
     classes = [
         {
@@ -111,7 +136,7 @@ def compare(runs: Sequence[Run], images: int = 10) -> Comparison:
     rows = [row for row in rows if _largest(row[2 + len(runs) :]) is not None]
     rows.sort(key=lambda row: -(_largest(row[2 + len(runs) :]) or 0.0))
     settings = [flatten(run.settings) for run in runs]
-    shown = [
+    values = [
         [_short(of[key]) if key in of else None for of in settings] for key in _union(settings)
     ]
     sides = {
@@ -119,24 +144,28 @@ def compare(runs: Sequence[Run], images: int = 10) -> Comparison:
             "Metrics",
             ("metric", *heads),
             [(key, *_beside([of.get(key) for of in metrics])) for key in _union(metrics)],
+            shown=shown,
         ),
-        "classes": Side("Classes, by their difference", ("class", "column", *heads), rows),
+        "classes": Side(
+            "Classes, by their difference", ("class", "column", *heads), rows, shown=shown
+        ),
         "settings": Side(
             "Settings that differ",
             ("setting", *names),
             [
-                (key, *values)
-                for key, values in zip(_union(settings), shown, strict=True)
+                (key, *row)
+                for key, row in zip(_union(settings), values, strict=True)
                 if len({*(json.dumps(of.get(key)) for of in settings)}) > 1
             ],
             percent=False,
+            shown=shown,
         ),
     }
     if images:
         worst = heapq.nlargest(images, _disagreements(runs), key=lambda row: row[2])
         title = "Images that the runs disagree on most, from 0 to 100"
         sides["images"] = Side(title, ("shard", "image", "disagreement"), [*worst])
-    return Comparison(sides)
+    return Comparison(sides, letters)
 
 
 def disagreement(one: StoredImage, other: StoredImage) -> float | None:
@@ -186,6 +215,11 @@ def _disagreements(runs: Sequence[Run]) -> Iterator[tuple[str, str, float]]:
             known = [value for value in found if value is not None]
             if known:
                 yield shard, image.key, max(known)
+
+
+def _with_differences(names: Sequence[str]) -> tuple[str, ...]:
+    """A column for each run, and one for each difference to the first."""
+    return (*names, *(f"{name} - {names[0]}" for name in names[1:]))
 
 
 def _names(runs: Sequence[Run]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -75,6 +76,24 @@ def test_a_run_agrees_with_itself_and_masks_are_compared_one_by_one(runs, tmp_pa
         values = [float(row["disagreement"]) for row in numbers(folder / "images.csv")]
         assert all(0 <= value <= 1 for value in values)
         assert (max(values) == 0) is nothing
+
+
+def test_long_names_become_letters_for_people(runs, tmp_path, capsys):
+    long = tmp_path / "vit_b16_voc_explainability"
+    shutil.copytree(runs[1], long)
+    folder = tmp_path / "found"
+    assert main(["compare", str(runs[0]), str(long), f"--output={folder}", "--images=0"]) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines()[:2] == ["A: finished", f"B: {long.name}"]
+    assert said.count(long.name) == 1
+    assert ["metric", "A", "B", "B", "-", "A"] in [line.split() for line in said.splitlines()]
+    assert "| metric | A | B | B - A |" in (folder / "compare.md").read_text()
+    assert list(numbers(folder / "metrics.csv")[0]) == [
+        "metric",
+        "finished",
+        long.name,
+        f"{long.name} - finished",
+    ]
 
 
 def test_what_is_no_run_is_told(runs, tmp_path, capsys):
