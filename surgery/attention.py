@@ -7,8 +7,13 @@ mean is in `surgery.attend` and `surgery.towers._paths`. The attention pool of C
 follows the same `pairs`.
 """
 
+import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from common.errors import InvalidSetting
 
 Pair = Literal["qk", "qq", "kk", "vv", "identity", "similarity", "earlier", "near", "kk_all"]
 
@@ -304,3 +309,68 @@ RECIPES: dict[str, Recipe] = {
         summary="TaI-DPT (Guo et al. 2023; guozix/TaI-DPT, for ResNets): values, no position embeddings",
     ),
 }
+
+
+def recipe_of(attention: str | Mapping[str, Any] | Recipe) -> Recipe:
+    """The recipe that a setting names.
+
+    Args:
+        attention: a name in `RECIPES`; a mapping with such a ``name`` and fields of `Recipe` that are
+            otherwise, as a config has it; or the recipe itself.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        InvalidSetting: no such name or field, or a value of another type.
+
+    Example:
+        >>> recipe_of({"name": "naclip", "neighbour_std": 3}).neighbour_std
+        3
+    """
+    if isinstance(attention, Recipe):
+        return attention
+    changes = {"name": attention} if isinstance(attention, str) else dict(attention)
+    name = changes.pop("name", None)
+    if name is None:
+        raise InvalidSetting(
+            f"attention: {', '.join(changes)} of which recipe? Give its name beside, such as "
+            f"--model.backbone.attention.name sc_clip"
+        )
+    row = RECIPES.get(name)
+    if row is None:
+        near = difflib.get_close_matches(str(name), RECIPES, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise InvalidSetting(f"attention={name!r}: expected one of {', '.join(RECIPES)}{hint}")
+    types = get_type_hints(Recipe)
+    for field, value in changes.items():
+        if field not in types or field in ("large", "summary"):
+            known = ", ".join(key for key in types if key not in ("large", "summary"))
+            raise InvalidSetting(f"attention: recipes have no field {field!r} among {known}")
+        changes[field] = _tuples(value)
+        if not _fits(changes[field], types[field]):
+            raise InvalidSetting(f"attention: {field}={value!r} is not of the type {types[field]}")
+    return replace(row, **changes)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value has a type, as the fields of `Recipe` are annotated."""
+    of = get_args(kind)
+    if get_origin(kind) is Literal:
+        return any(type(value) is type(one) and value == one for one in of)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        each = of[:1] * len(value) if of[-1] is ... else of
+        return len(each) == len(value) and all(map(_fits, value, each))
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, one) for one in of)
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else int | float) and not isinstance(
+            value, bool
+        )
+    return isinstance(value, kind)

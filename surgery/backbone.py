@@ -1,7 +1,7 @@
 """The frozen CLIP that everything stands on: images to tokens, texts to features."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from common.errors import InvalidSetting
 from surgery import batches, sources
-from surgery.attention import RECIPES, Recipe
+from surgery.attention import Recipe, recipe_of
 from surgery.fingerprint import Fingerprint
 from surgery.precision import LowPrecision
 from surgery.sources import CheckpointInfo
@@ -35,7 +35,7 @@ def load_backbone(
     model: str | Path,
     pretrained: str | Path | None = None,
     *,
-    attention: str | Recipe = "surgery",
+    attention: str | Mapping[str, Any] | Recipe = "surgery",
     blocks: int | str = 6,
     image_size: int | tuple[int, int] | None = None,
     class_token: Literal["clip", "released"] = "clip",
@@ -52,7 +52,7 @@ def load_backbone(
         pretrained: an open_clip tag ("openai", ...; downloaded and cached by open_clip), or the
             path of a weights file (safetensors, torch state dict, open_clip training checkpoint,
             OpenAI's archive). None: random weights, the same in every process, with a warning.
-        attention: name in `RECIPES`, or a recipe.
+        attention: name in `RECIPES`; such a ``name`` and fields that differ, as a mapping; or a recipe.
         blocks: how many last blocks are reformed, for the recipes that leave it open; at most all
             there are. Or the first of them, counted from 1: "from 7" is the paper's d = 7 read
             literally, 18 blocks of ViT-L/14, where its released code reforms 6 whatever the depth.
@@ -79,10 +79,7 @@ def load_backbone(
         >>> tokens.class_token.shape, tokens.patch_tokens.shape, tokens.grid
         (torch.Size([2, 128]), torch.Size([2, 216, 128]), (12, 18))
     """
-    if isinstance(attention, str):
-        if attention not in RECIPES:
-            raise InvalidSetting(f"attention={attention!r}: expected one of {', '.join(RECIPES)}")
-        attention = RECIPES[attention]
+    recipe = recipe_of(attention)
     if class_token not in ("clip", "released"):
         raise InvalidSetting(f"class_token={class_token!r}: expected 'clip' or 'released'")
     if static_batch is not None and static_batch < 1:
@@ -91,7 +88,7 @@ def load_backbone(
     with torch.inference_mode(False):  # whose tensors could never record a gradient
         source = sources.build(str(model), weights, quick_gelu)
         released = class_token == "released"
-        return Backbone(source, attention, blocks, image_size, released, static_batch)
+        return Backbone(source, recipe, blocks, image_size, released, static_batch)
 
 
 class Backbone(nn.Module):
@@ -158,10 +155,10 @@ class Backbone(nn.Module):
         self.recipe = recipe
         self.plan = self.tower.plan(recipe, self._blocks, self._released)
 
-    def with_attention(self, attention: str | Recipe) -> "Backbone":
-        """The same network, not a copy of it, read by another recipe, or one of `RECIPES` by name."""
+    def with_attention(self, attention: str | Mapping[str, Any] | Recipe) -> "Backbone":
+        """The same network, not a copy of it, read by another recipe, see `load_backbone`."""
         other = copy.copy(self)
-        other._adopt(RECIPES[attention] if isinstance(attention, str) else attention)
+        other._adopt(recipe_of(attention))
         return other
 
     def train(self, mode: bool = True) -> "Backbone":

@@ -18,6 +18,7 @@ from datamodules import DATASETS
 from datamodules._datamodule import ShardDataModule
 from datamodules._samples import DatasetInfo
 from surgery import TEMPLATES, Backbone, ImageTokens, Texts, explain, load_backbone
+from surgery.attention import recipe_of
 from surgery.methods import check_towers
 from tasks import TASKS
 from tasks._text_features import read_text_features
@@ -36,7 +37,8 @@ class BackboneConfig:
         pretrained: an open_clip tag (openai, laion2b_s34b_b88k, ...), the path of a checkpoint, or
             null for random weights.
         attention: how the image tower is reformed: surgery (the paper), raw (plain CLIP), ...;
-            `lightning list models` names them all.
+            `lightning list recipes` names them all. With fields of `surgery.Recipe` that are otherwise:
+            ``attention.name sc_clip``, ``attention.class_share 0.2``.
         blocks: how many of the last blocks are reformed, or the first of them: "from 7" is the
             paper's d = 7 read literally, 18 blocks of ViT-L/14.
         image_size: side of the input in pixels; by default the model's own.
@@ -48,7 +50,7 @@ class BackboneConfig:
 
     model: str = "ViT-B-16"
     pretrained: str | None = "openai"
-    attention: str = "surgery"
+    attention: str | dict[str, Any] = "surgery"
     blocks: int | str = 6
     image_size: int | None = None
     class_token: str = "clip"
@@ -140,15 +142,20 @@ class Task(LightningModule):
         self.configure_texts()
 
     def check_data(self, datamodule: ShardDataModule) -> None:
-        """Refuse a data set without what this task needs, before anything is loaded.
+        """Refuse a data set, or a recipe, without what it needs, before anything is loaded.
 
         Raises:
-            InvalidSetting: says what is missing, and what fits; or that compiling doesn't.
+            InvalidSetting: says what is missing, and what fits; or that the recipe or compiling doesn't.
         """
         if self.config.compile and not self.has_one_image_size(datamodule):
             raise InvalidSetting(
                 "--model.backbone.compile is for images of one size: leave --data.resize at squash, or "
                 "give Segmentation a --model.window"
+            )
+        if recipe_of(self.config.attention).needs_texts and "classes" not in self.needs:
+            raise InvalidSetting(
+                f"--model.backbone.attention {self.config.attention!r} reads images by the class texts, "
+                f"which {type(self).__name__} doesn't have"
             )
         has = offers(datamodule.info)
         lacking = [need for need in self.needs if need not in has]
@@ -238,7 +245,8 @@ class Task(LightningModule):
 
     def encode_images(self, images: Tensor | list[Tensor]) -> list[ImageTokens]:
         """Tokens of each of B images (of 1 each), which may differ in size."""
-        encoded = [self.backbone.encode_image(batch) for batch in self.pixels(images)]
+        texts = None if self.texts is None else self.texts.features
+        encoded = [self.backbone.encode_image(batch, texts) for batch in self.pixels(images)]
         return [
             ImageTokens(class_token, patch_tokens, tokens.grid)
             for tokens in encoded

@@ -158,7 +158,7 @@ class Analysis(Task):
         assert self.texts is not None
         assert self.texts.empty is not None  # both are set before the first batch
         text = torch.cat([self.texts.features[list(positives)], self.texts.empty])
-        reformed = self.backbone.encode_image(pixels)
+        reformed = self.backbone.encode_image(pixels, self.texts.features)
         if inside is not None:
             plain = inside.tokens
         else:

@@ -1,0 +1,51 @@
+"""Recipes from the command line: their fields, and class texts for those that need them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules import Shapes
+from surgery import RECIPES, Texts, load_backbone, similarity
+from tasks.__main__ import main
+from tests.tasks.test_segmentation import pictured
+
+OURS = (
+    "--model.backbone.attention.name=resclip",
+    "--model.backbone.attention.attention_blocks=[2,5]",
+)
+
+
+def test_a_recipe_with_fields_of_its_own_reads_the_class_texts(predict, scenes, tiny, tmp_path):
+    run = predict(tmp_path / "run", *OURS, "--model.feature_surgery=none", "--writer.layout=files")
+    recipe = replace(RECIPES["resclip"], attention_blocks=(2, 5))
+    backbone = load_backbone(tiny, attention=recipe)
+    texts = Texts.encode(backbone, Shapes.info.prompts).features
+    image = backbone.preprocess(pictured(scenes, "00000007", 48))
+    tokens = backbone.encode_image(image, texts=texts)
+    expected = similarity(tokens.patch_tokens, texts)[0].T.unflatten(1, tokens.grid)
+    (stored,) = run.rglob("00000007.surgery.scores.npy")
+    found = torch.from_numpy(np.load(stored)).float()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    plain = backbone.with_attention("naclip").encode_image(image)
+    assert (
+        similarity(plain.patch_tokens, texts)[0].T.flatten() - found.flatten()
+    ).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "said"),
+    [
+        ("Segmentation", ["--model.backbone.attention=rf_clip"], "sink_channels"),
+        ("Segmentation", ["--model.backbone.attention=resclip"], "attention_blocks"),
+        ("Segmentation", ["--model.backbone.attention=resklip"], "did you mean 'resclip'"),
+        ("Segmentation", ["--model.backbone.attention.class_share=0.1"], "attention.name"),
+        ("Segmentation", [*OURS, "--model.backbone.attention.share=1"], "no field 'share'"),
+        ("Segmentation", [*OURS, "--model.backbone.attention.combine=mode"], "combine='mode'"),
+        ("Opinions", [*OURS], "class texts"),
+    ],
+)
+def test_what_can_not_be(task, words, said, command, tmp_path, capsys):
+    assert main(command(tmp_path / "run", *words, task=task)) == 1
+    assert said in capsys.readouterr().err
