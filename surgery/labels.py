@@ -32,14 +32,14 @@ class Rules:
 
     Attributes:
         values: int64 [T], label value of the class that each word stands for; of several words of a
-            class the best counts.
+            class the best counts. Ties go to the first.
         scale: what similarities are multiplied with in the softmax over all words.
         threshold: a pixel gets label 0 where the probability of its word is less; None for nowhere.
         area: a class other than 0 that has not more than this share of the pixels of all such classes in
             an image is left out there: its pixels get the next likely label. None for none. Some words
             must stand for 0.
         half: similarities, their softmax and its comparisons in float16, as some evaluations have
-            them: then there are ties, and the smallest label value wins.
+            them: then there are ties.
         by_image_size: similarities of a whole image are enlarged to the size of the image, and then to
             that of the answer, as those of windows are; otherwise to the answer's at once.
         together: refining needs the maps of all words at once.
@@ -105,7 +105,7 @@ def label_maps(
 
 
 class _Maps:
-    """Similarities [c, H, W] at the pixels of the answer, some words at a time, by rising label value.
+    """Similarities [c, H, W] at the pixels of the answer, some words at a time.
 
     Those that fit are kept for the next time; others are made anew.
     """
@@ -120,10 +120,9 @@ class _Maps:
         rules: Rules,
         refine: Refine | None,
     ) -> None:
-        order = rules.values.argsort(stable=True)
-        self.values = rules.values[order]
+        self.values = rules.values
         self.size = size
-        self._scores = [part[order] for part in scores]
+        self._scores = scores
         self._enlarge = (windows, image_size, size, patch_size, rules.by_image_size)
         self._refine = refine
         cells = max(size[0] * size[1], image_size[0] * image_size[1])

@@ -60,7 +60,9 @@ class Segmentation(Task):
         protocol: all settings of a published evaluation but the method, by one name, see `lightning list
             protocols`: those of the texts, the images and what follows. What is set beside it, or on the
             command line, wins, and the run says where it departs.
-        refine: pamr makes the cosines follow the colours of the image, at the label's size.
+        refine: makes the cosines follow the colours of the image, at the label's size: pamr (of NACLIP
+            and others) or tlp (of PEARL).
+        refine_options: steps and dilations of pamr, grid of tlp; by default as released.
         area_thd: in each image, an object that has not more than this share of the pixels of all objects
             gives way to the next likely class. Needs a background.
         softmax: float16 has cosines, their softmax and the thresholds in halves, as some published
@@ -91,7 +93,8 @@ class Segmentation(Task):
         stride: int | None = None,
         text_features: str | None = None,
         protocol: str | None = None,
-        refine: Literal["pamr"] | None = None,
+        refine: Literal["pamr", "tlp"] | None = None,
+        refine_options: dict[str, int | list[int]] | None = None,
         area_thd: float | None = None,
         softmax: Literal["float32", "float16"] = "float32",
         templates: str | list[str] = "surgery",
@@ -105,6 +108,11 @@ class Segmentation(Task):
             raise InvalidSetting(f"--model.area_thd is a share in [0, 1], got {area_thd}")
         if refine is not None and refine not in REFINEMENTS:
             raise InvalidSetting(f"--model.refine: {', '.join(REFINEMENTS)}, not {refine!r}")
+        known = REFINEMENTS[refine].options if refine else ()
+        if odd := (refine_options or {}).keys() - set(known):
+            raise InvalidSetting(
+                f"--model.refine_options: {refine} has {', '.join(known) or 'none'}, not {min(odd)}"
+            )
         if tile is not None and window is not None:
             raise InvalidSetting("give --model.tile (no overlap) or --model.window, not both")
         if stride is not None and (window is None or not 0 < stride <= window):
@@ -121,6 +129,7 @@ class Segmentation(Task):
             check_name(protocol)
         self.protocol = protocol
         self.refine = refine
+        self.refine_options = refine_options
         self.area_thd = area_thd
         self.softmax = softmax
         self.templates = templates
@@ -186,10 +195,15 @@ class Segmentation(Task):
         return [word for _, group in self.wording(info) for word in group]
 
     def configure_texts(self) -> None:
-        """Features of all words, and which class each word stands for."""
+        """Features of all words, and which class each word stands for, by rising label value.
+
+        That is the order of published evaluations, the background first.
+        """
         super().configure_texts()
-        values = [value for value, group in self.wording(self.info) for _ in group]
-        self.values = torch.tensor(values)
+        values = torch.tensor([value for value, group in self.wording(self.info) for _ in group])
+        order = values.argsort(stable=True)
+        self.values = values[order]
+        self.texts = self.texts and self.texts[order.tolist()]
 
     def has_one_image_size(self, datamodule: ShardDataModule) -> bool:
         """Windows have one size whatever the images have."""
@@ -240,6 +254,7 @@ class Segmentation(Task):
             area=self.area_thd,
             half=self.softmax == "float16",
             by_image_size=self.enlarge == "twice",
+            together=self.refine is not None and REFINEMENTS[self.refine].together,
         )
 
     def refiner(
@@ -248,7 +263,9 @@ class Segmentation(Task):
         """What refines the maps of each of some images at a size; None for nothing."""
         if self.refine is None:
             return None
-        begin = REFINEMENTS[self.refine]
+        assert self.texts is not None  # needs = ("classes",)
+        text, options = self.texts.features, self.refine_options or {}
+        begin = partial(REFINEMENTS[self.refine].prepare, text=text, **options)
 
         def refine(i: int) -> Refine:
             pixels = self.backbone.preprocess(images[i][None])

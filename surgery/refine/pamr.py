@@ -113,10 +113,6 @@ class Affinities:
             at_once = max(1, _NUMBERS_IN_CACHE // (len(maps) * size[0] * size[1]))
             return torch.cat([self._spread(part, steps) for part in maps.split(at_once, 1)], dim=1)
 
-    def refine_one(self, maps: Tensor) -> Tensor:
-        """Maps [T, h, w] of a single image after `STEPS` steps, [T, H, W]."""
-        return self.refine(maps[None])[0]
-
     def _spread(self, maps: Tensor, steps: int) -> Tensor:
         for _ in range(steps):
             total = torch.zeros_like(maps)

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from surgery.refine import Affinities, pamr
+from surgery import similarity
+from surgery.refine import Affinities, pamr, tlp
 
 
 @pytest.fixture
@@ -54,3 +55,26 @@ def test_pamr_refuses_what_it_cannot_do(reference):
         pamr(images, torch.zeros(3, 1, 2, 2), dilations=())
     with pytest.raises(ValueError, match=r"expected \[3, T, h, w\], given \[1, 1, 2, 2\]"):
         pamr(images, torch.zeros(1, 1, 2, 2))
+
+
+@pytest.mark.parametrize(("name", "side"), [("pearl", 96), ("pearl_large", 144)])
+def test_tlp_as_in_pearl(name, side, known, network, reference):
+    images = reference("inputs")["images_vit" if side == 96 else "images_vit_large"][:1]
+    text = reference("vit")["text_features"][:3]
+    tokens = network("vit", attention="pearl").encode_image(images)
+    cosines = similarity(tokens.patch_tokens, text).transpose(1, 2).unflatten(2, tokens.grid)
+    maps = F.interpolate(cosines, size=(side, side), mode="bilinear")[0]
+    expected = known[f"{name.replace('pearl', 'pearl_tlp')}_image0"][0]
+    torch.testing.assert_close(tlp(images, maps, text, grid=80), expected, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("size", [(90, 200), (1, 30), (7, 7)])
+def test_tlp_of_any_size(size):
+    generator = torch.Generator().manual_seed(0)
+    image, text = torch.randn(1, 3, *size, generator=generator), torch.eye(2, 8)
+    maps = torch.rand(2, *size, generator=generator)
+    found = tlp(image, maps, text)
+    assert found.shape == maps.shape
+    assert found.isfinite().all()
+    flat = torch.full_like(maps, 0.25)
+    torch.testing.assert_close(tlp(image, flat, text), flat, rtol=0, atol=1e-6)

@@ -285,6 +285,7 @@ class TestTextFeatures:
         {"prob_thd": 40.0},
         {"area_thd": 2.0},
         {"refine": "crf"},
+        {"refine": "tlp", "refine_options": {"steps": 3}},
         {"templates": ["no place"]},
         {"templates": "opnai"},
     ],
