@@ -17,6 +17,7 @@ from importlib import import_module  # noqa: E402
 from importlib.metadata import entry_points, version  # noqa: E402
 
 from common import signals  # noqa: E402
+from common.source import source_digest  # noqa: E402
 
 COMMANDS = {
     "predict": "run a task over shards: masks, scores and metrics",
@@ -77,7 +78,7 @@ def run(argv: list[str]) -> int:
 
 def print_versions() -> None:
     """Print our version and those of what results depend on; warn of a shadowed script."""
-    print(f"clip-surgery-lightning {version('clip-surgery-lightning')}")
+    print(f"clip-surgery-lightning {version('clip-surgery-lightning')} (source {source_digest()})")
     for name in ("torch", "lightning", "open_clip_torch"):
         print(f"  {name} {version(name)}")
     rivals = {

@@ -134,6 +134,8 @@ def _run(
         fields = dict(map(as_field, words))
     except UserError as error:
         parser.error(str(error))
+    if "writer.output" in fields:
+        parser.error("--writer.output: the runs are below --output")
     launched = processes()
     if launched["trainer.devices"] == 1 and str(fields.get("trainer.devices", 1)) != "1":
         parser.error(

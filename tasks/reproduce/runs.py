@@ -66,7 +66,8 @@ def run_all(
                 if dist.is_initialized() and dist.get_world_size() > 1:
                     raise  # the others may be anywhere
                 good = False
-                reason = f"the run failed: {' '.join(str(error).split()) or repr(error)}"
+                said = " ".join(str(error).split()) or repr(error)
+                reason = f"the run failed: {said.replace('--writer.output', '--output')}"
                 if not isinstance(error, UserError | OSError):  # our fault: the others still go on
                     traceback.print_exc()
         if not first:

@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import Logger
 from common import signals
 from common.errors import InvalidSetting
 from common.files import is_nan
+from common.source import source_digest
 from datamodules._samples import Batch
 from tasks._task import Task
 from tasks._text_features import digest_of_texts
@@ -121,7 +122,7 @@ class ResultWriter(BasePredictionWriter):
             "contents": task.datamodule.contents(),
             "info": asdict(task.info),
             **task.described(),
-            "versions": {name: version(name) for name in _PACKAGES},
+            "versions": {name: version(name) for name in _PACKAGES} | {"source": source_digest()},
         }
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -76,6 +76,8 @@ def test_a_table_on_the_demo_world_says_whether_the_papers_ordering_holds(tmp_pa
     whole = json.loads(card.read_text())
     run = next(iter(whole["runs"].values()))
     assert run["data"]["images"] == 2
+    assert main(["--version"]) == 0
+    assert f"(source {run['versions']['source']})" in capsys.readouterr().out
     for change, told in (
         (lambda c: c["cells"][0].update(ours=37.9), "no fraction"),
         (lambda c: c["cells"][0].update(row="Theirs"), "no cell Theirs"),
@@ -197,6 +199,7 @@ def test_mistyped_words_are_told(tmp_path, capsys):
         (["--scenes", "3"], "--scenes is the demo's"),
         (["--demo", "hello"], "'hello' is neither"),
         (["--demo", "--trainer.devices=2"], "start several with torchrun"),
+        (["--demo", "--writer.output=x"], "below --output"),
     ):
         with pytest.raises(SystemExit, match="2"):
             reproduce("table1", tmp_path, *words)
