@@ -49,6 +49,8 @@ def why_not(config: dict[str, Any]) -> str | None:
 def patch_size(vision: dict[str, Any]) -> int:
     """What sides of images must be multiples of, in pixels, by open_clip's `vision_cfg`."""
     name = vision.get("timm_model_name")
+    if "timm_kwargs" in vision:
+        return vision["timm_kwargs"]["patch_size"]
     if name:
         found = re.search(r"patch(\d+)", name)
         return int(found[1]) if found else _TIMM_STRIDE  # convolutions before the blocks

@@ -46,12 +46,15 @@ def load_backbone(
 
     Args:
         model: an open_clip name ("ViT-B-16", "RN50", "ViT-B-16-SigLIP", "hf-hub:..."; `lightning list
-            models` says which can be explained), the path of an open_clip JSON config, or "demo",
+            models` says which can be explained), the path of an open_clip JSON config; "hf:NAME"
+            (or "hf:NAME@REVISION"), a `CLIPModel` or `SiglipModel` of the Hugging Face hub, or the
+            folder that one was saved to, with weights of their own (pretrained=None); or "demo",
             the tiny CLIP of the drawn world inside this package (its weights are
             pretrained="demo"); words which that world does not have mean nothing to it.
         pretrained: an open_clip tag ("openai", ...; downloaded and cached by open_clip), or the
             path of a weights file (safetensors, torch state dict, open_clip training checkpoint,
-            OpenAI's archive). None: random weights, the same in every process, with a warning.
+            OpenAI's archive). None: those of `model`, if it brings any, else random weights, the same
+            in every process, with a warning.
         attention: name in `RECIPES`; such a ``name`` and fields that differ, as a mapping; or a recipe.
         blocks: how many last blocks are reformed, for the recipes that leave it open; at most all
             there are. Or the first of them, counted from 1: "from 7" is the paper's d = 7 read

@@ -19,8 +19,9 @@ from torch import nn
 
 from common.errors import InvalidSetting, UserError
 from common.files import file_digest
+from surgery import hugging_face, published
 from surgery.architectures import patch_size, why_not
-from surgery.checkpoints import CheckpointError, load_weights, read_checkpoint
+from surgery.checkpoints import Checkpoint, CheckpointError, load_weights, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ _RANDOM_SEED = 0
 _SILENCE = 5.0  # seconds of a download until it is spoken of
 _GIVE_A_FILE = "give the path of a weights file as `pretrained` (.safetensors, or .pt)"
 _GIVE_A_CACHE = "copy the hub's cache of a machine that has one (HF_HOME says where)"
+_NEEDS_TRANSFORMERS = "needs transformers: `pip install clip-surgery-lightning[sam]`"
 _T = TypeVar("_T")
 
 
@@ -96,8 +98,6 @@ def build(model: str, pretrained: str | None, quick_gelu: bool | None) -> Source
         InvalidSetting: names, files or settings do not fit.
         DownloadFailed: weights or config could not be fetched.
     """
-    import open_clip
-
     if model == DEMO and pretrained == DEMO:
         pretrained = str(DEMO_FOLDER / "model.safetensors")
     model = _settle(model)
@@ -106,32 +106,22 @@ def build(model: str, pretrained: str | None, quick_gelu: bool | None) -> Source
         raise InvalidSetting(
             f"{model} can't be explained: {reason}. `lightning list models` says which can."
         )
-    path: str | None = None
-    tag: dict[str, Any] = {}
-    if pretrained is not None:
-        tag = open_clip.get_pretrained_cfg(model, pretrained)
-        if tag:
-            preprocess = {**preprocess, **tag}
-            path = str(
-                download(
-                    f"{pretrained!r} weights of {model}",
-                    lambda: open_clip.download_pretrained(tag),
-                    _GIVE_A_FILE,
-                )
-            )
-        elif Path(pretrained).suffix or Path(pretrained).exists():
-            path = pretrained
-        else:
-            raise _unknown_weights(model, pretrained)
-    elif model.startswith(_HUB):
-        path = download(f"the weights of {model}", lambda: _from_hub(model, None), _GIVE_A_FILE)
-    checkpoint = read_checkpoint(path) if path else None
+    path, tag = _find_weights(model, pretrained)
+    preprocess = {**published.agreed(model, ("mean", "std")), **preprocess, **tag}
+    checkpoint = None
+    if path and _is_hugging_face(model):
+        weights = hugging_face.read_weights(Path(path), model, _fetch)
+        checkpoint = Checkpoint(weights, openai=False)
+    elif path:
+        checkpoint = read_checkpoint(path)
     if quick_gelu is None:
         # OpenAI trained with quick GELU, whether or not the model's name says so.
         from_weights = tag.get("quick_gelu", False) or (
             checkpoint is not None and checkpoint.openai
         )
         quick_gelu = bool(config.get("quick_gelu", False) or from_weights)
+        if path is not None and path == pretrained and not quick_gelu:
+            published.doubt_activation(model, path)
     config = {**config, "quick_gelu": quick_gelu}
 
     network = _construct(config)
@@ -142,6 +132,42 @@ def build(model: str, pretrained: str | None, quick_gelu: bool | None) -> Source
         load_weights(network, checkpoint.weights, source=path)
         info = CheckpointInfo(pretrained or model, path)
     return Source(network, model, config, info, preprocess)
+
+
+def _find_weights(model: str, pretrained: str | None) -> tuple[str | None, dict[str, Any]]:
+    """Path of the named weights, downloaded where they have to be, and what open_clip knows of them."""
+    import open_clip
+
+    if _is_hugging_face(model):
+        if pretrained is not None:
+            raise InvalidSetting(
+                f"{model} brings its own weights: pretrained has to be null "
+                f"(--model.backbone.pretrained null), given {pretrained!r}"
+            )
+        return str(hugging_face.find_weights(model, _fetch)), {}
+    if pretrained is None:
+        if not model.startswith(_HUB):
+            return None, {}
+        what = f"the weights of {model}"
+        return download(what, lambda: _from_hub(model, None), _GIVE_A_FILE), {}
+    tag = open_clip.get_pretrained_cfg(model, pretrained)
+    if tag:
+        what = f"{pretrained!r} weights of {model}"
+        return str(download(what, lambda: open_clip.download_pretrained(tag), _GIVE_A_FILE)), tag
+    if Path(pretrained).suffix or Path(pretrained).exists():
+        return pretrained, {}
+    raise _unknown_weights(model, pretrained)
+
+
+def _is_hugging_face(model: str) -> bool:
+    import open_clip
+
+    return model not in open_clip.list_models() and hugging_face.is_named(model)
+
+
+def _fetch(what: str, fetch: Callable[[], _T]) -> _T:
+    """`download` of a file of a Hugging Face model."""
+    return download(what, fetch, "give the path of a folder with the model's files as `model`")
 
 
 def load_tokenizer(model: str) -> Any:
@@ -172,9 +198,12 @@ def tokenizer(name: str, config: dict[str, Any]) -> Any:
             return open_clip.get_tokenizer(name)
         if on_hub:
             mode = text.get("tokenizer_mode")
-            return HFTokenizer(on_hub, context_length=context, tokenizer_mode=mode, **options)
+            found = hugging_face.tokenizer_options(name, on_hub)
+            return HFTokenizer(**found, context_length=context, tokenizer_mode=mode, **options)
         return open_clip.SimpleTokenizer(context_length=context, **options)
 
+    if on_hub and find_spec("transformers") is None:
+        raise InvalidSetting(f"the tokenizer of {name} {_NEEDS_TRANSFORMERS}")
     if on_hub or name.startswith(_HUB):
         return download(f"the tokenizer of {name}", make, _GIVE_A_CACHE)
     return make()
@@ -203,6 +232,8 @@ def _model_config(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
         return _read_config(Path(found))
     if model in open_clip.list_models():
         return open_clip.get_model_config(model), {}
+    if _is_hugging_face(model):
+        return hugging_face.read_model(model, _fetch)
     if Path(model).is_file():
         return _read_config(Path(model))
     names = open_clip.list_models()
@@ -210,8 +241,8 @@ def _model_config(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
     kind = "no such config file" if model.endswith(".json") else "no such model"
     hint = f"near: {', '.join(near)}" if near else f"open_clip knows {len(names)} names"
     raise InvalidSetting(
-        f"{kind}: {model!r} ({hint}). Give an open_clip model name, or the path of an open_clip "
-        "JSON config."
+        f"{kind}: {model!r} ({hint}). Give an open_clip model name, the path of an open_clip JSON "
+        "config, or a Hugging Face model (hf:NAME, or its folder)."
     )
 
 
@@ -241,7 +272,14 @@ def _construct(config: dict[str, Any]) -> nn.Module:
         _fetch_text_config(config["text_cfg"]["hf_model_name"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_RANDOM_SEED)
-        return (CustomTextCLIP if custom else CLIP)(**config)
+        if "timm_kwargs" not in config["vision_cfg"]:
+            return (CustomTextCLIP if custom else CLIP)(**config)
+        # Sizes that open_clip's configs can't say: its model around a tower of our own making
+        visual = hugging_face.timm_visual(config["vision_cfg"])
+        small = {"layers": 1, "width": 8, "head_width": 8, "patch_size": 8, "image_size": 8}
+        network = CustomTextCLIP(**{**config, "vision_cfg": small})
+        network.visual = visual
+        return network
 
 
 def _from_hub(model: str, filename: str | None) -> str:
@@ -253,9 +291,7 @@ def _from_hub(model: str, filename: str | None) -> str:
 def _fetch_text_config(name: str) -> None:
     """Have the config of a text tower of the hub at hand, of which open_clip builds it."""
     if find_spec("transformers") is None:
-        raise InvalidSetting(
-            f"the text tower {name} needs transformers: `pip install clip-surgery-lightning[sam]`"
-        )
+        raise InvalidSetting(f"the text tower {name} {_NEEDS_TRANSFORMERS}")
     import transformers
 
     download(

@@ -32,10 +32,10 @@ class BackboneConfig:
     """Which CLIP, and how it is read; see `surgery.load_backbone`.
 
     Args:
-        model: an open_clip name (ViT-B-16, RN50, ...), the path of an open_clip JSON config, or
-            `demo`, the tiny CLIP inside this package.
+        model: an open_clip name (ViT-B-16, RN50, ...), the path of an open_clip JSON config, a Hugging
+            Face model (hf:NAME, or its folder), or `demo`, the tiny CLIP inside this package.
         pretrained: an open_clip tag (openai, laion2b_s34b_b88k, ...), the path of a checkpoint, or
-            null for random weights.
+            null: those that a Hugging Face model brings, or random weights.
         attention: how the image tower is reformed: surgery (the paper), raw (plain CLIP), ...;
             `lightning list recipes` names them all. With fields of `surgery.Recipe` that are otherwise:
             ``attention.name sc_clip``, ``attention.class_share 0.2``.

@@ -59,6 +59,7 @@ def list_models() -> list[tuple[str, str]]:
 
     rows = [
         ("demo", "the tiny CLIP inside this package"),
+        ("hf:NAME, or its folder", "a CLIPModel or SiglipModel of the Hugging Face hub"),
     ]
     for name in open_clip.list_models():
         reason = why_not(open_clip.get_model_config(name))

@@ -129,6 +129,51 @@ def test_quick_gelu_follows_weights_config_and_wish(weights, config, tmp_path, f
     )
 
 
+@pytest.mark.parametrize(
+    ("model", "file", "warned"),
+    [
+        ("ViT-L-14-336", "mine.pt", "openai"),  # the only weights that were ever published of it
+        ("RN50x4", "mine.pt", "openai"),
+        ("ViT-B-16", "mine.pt", None),  # some were trained with GELU: nothing is known
+        ("ViT-B-16", "vit_b16_dfn2b.pt", "dfn2b"),
+        ("ViT-B-16", "laion2b_s34b_b88k.pt", None),
+        ("ViT-L-14-336-quickgelu", "mine.pt", None),
+    ],
+)
+def test_an_activation_that_does_not_fit_is_named(
+    model, file, warned, weights, folder, tmp_path, monkeypatch, caplog
+):
+    import json
+
+    import open_clip
+
+    config = json.loads((folder / "vit.json").read_text())
+    config["quick_gelu"] = model.endswith("quickgelu")
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: config)
+    torch.save(weights, tmp_path / file)
+    load_backbone(model, tmp_path / file)
+    said = [r.getMessage() for r in caplog.records if "does not say with which" in r.getMessage()]
+    assert len(said) == (warned is not None)
+    assert all(f"({warned})" in line and model in line for line in said)
+    caplog.clear()
+    load_backbone(model, tmp_path / file, quick_gelu=True)  # whoever says so is believed
+    assert "activation" not in caplog.text
+
+
+def test_images_of_a_file_of_weights_are_normalised_as_those_of_the_published(
+    weights, folder, tmp_path, monkeypatch
+):
+    import json
+
+    import open_clip
+
+    config = json.loads((folder / "vit.json").read_text())
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: config)
+    torch.save(weights, tmp_path / "mine.pt")
+    assert load_backbone("ViT-B-16-SigLIP", tmp_path / "mine.pt").mean == (0.5, 0.5, 0.5)
+    assert load_backbone("ViT-L-14", tmp_path / "mine.pt").mean[0] == 0.48145466  # some differ
+
+
 @pytest.mark.parametrize("whole", ["module", "nested", "plain_pickle"])
 def test_pickles_are_refused_and_never_run(whole, config, tmp_path):
     path, trap = tmp_path / "model.pt", tmp_path / "trap"
