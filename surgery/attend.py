@@ -160,8 +160,18 @@ def balanced(weights: Tensor, rounds: int) -> Tensor:
         [B, heads, L, L], rows sum to 1.
     """
     for _ in range(rounds):
-        weights = weights / weights.sum(dim=-2, keepdim=True)
-        weights = weights / weights.sum(dim=-1, keepdim=True)
+        weights = balance(weights)
+    return above_mean(weights)
+
+
+def balance(weights: Tensor) -> Tensor:
+    """One round of `balanced`: columns, and then rows, divided by their sums."""
+    weights = weights / weights.sum(dim=-2, keepdim=True)
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def above_mean(weights: Tensor) -> Tensor:
+    """The end of `balanced`: C of R."""
     found = (weights + weights.transpose(-2, -1)) / 2
     found = (found - found.mean(dim=-2, keepdim=True)).clamp(min=0)
     return found / found.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(found.dtype).tiny)

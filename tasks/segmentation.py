@@ -15,10 +15,11 @@ from torch import Tensor
 from common.errors import InvalidSetting
 from datamodules._datamodule import ShardDataModule
 from datamodules._samples import VOID, Batch, DatasetInfo
+from surgery.fused import fused_labels, fused_scores, read_layers
 from surgery.labels import Refine, Rules, label_maps
 from surgery.prompts import find_templates
 from surgery.refine import REFINEMENTS
-from surgery.windows import cut_windows, window_similarities
+from surgery.windows import Window, cut_windows, window_similarities
 from tasks._draw import label_figure
 from tasks._protocols import check_name, find_protocol
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
@@ -28,6 +29,9 @@ from tasks.run.results import Facts, ImageResult, LabelMap
 from tasks.run.terminal import in_words
 
 log = logging.getLogger(__name__)
+
+Choose = Callable[[Sequence[int], tuple[int, int]], Tensor]
+"""Numbers of B images of a batch, and a size (H, W) -> their labels [B, H, W]."""
 
 
 class Segmentation(Task):
@@ -72,6 +76,13 @@ class Segmentation(Task):
         rest: what becomes of pixels beyond the last whole patch of an image or a window: pad fills the
             patch up with the mean colour, drop leaves them out and stretches the cosines over them.
         enlarge: cosines of a whole image go to the label's size once, or twice: to the image's first.
+        score: what says how much a word is in a place: cosine, or fused, CLIPer's (of its recipe cliper):
+            softmaxes of the tokens of all layers, spread by their attention. Background words only
+            compete in the softmax, and ``prob_thd`` is what a map, scaled to [0, 1], has to reach.
+        class_thd: of the score fused: a class whose largest value is not above it is not in the image,
+            where there is a background.
+        attention_thd: of the score fused: values less than this share of a word's largest are 0 before
+            they are spread.
     """
 
     needs = ("classes",)
@@ -100,8 +111,22 @@ class Segmentation(Task):
         templates: str | list[str] = "surgery",
         rest: Literal["pad", "drop"] = "pad",
         enlarge: Literal["once", "twice"] = "once",
+        score: Literal["cosine", "fused"] = "cosine",
+        class_thd: float = 0.0,
+        attention_thd: float = 0.2,
     ) -> None:
         super().__init__(backbone, text_features)
+        if score == "fused":
+            given = backbone.attention
+            name = given if isinstance(given, str) else given.get("name")
+            others = {"window": window, "tile": tile, "refine": refine, "area_thd": area_thd}
+            unfit = [f"--model.{name}" for name, value in others.items() if value is not None]
+            without = f" and does without {', '.join(unfit)}" if unfit else ""
+            if name != "cliper" or unfit:
+                raise InvalidSetting(
+                    "--model.score fused is CLIPer's, of whole images: it needs "
+                    f"--model.backbone.attention cliper{without}"
+                )
         if prob_thd is not None and not 0 <= prob_thd <= 1:
             raise InvalidSetting(f"--model.prob_thd is a probability in [0, 1], got {prob_thd}")
         if area_thd is not None and not 0 <= area_thd <= 1:
@@ -136,6 +161,9 @@ class Segmentation(Task):
         self.prompt_templates = find_templates(templates)
         self.rest = rest
         self.enlarge = enlarge
+        self.score = score
+        self.class_thd = class_thd
+        self.attention_thd = attention_thd
         self.register_buffer("values", torch.empty(0, dtype=torch.int64), persistent=False)
 
     def check_data(self, datamodule: ShardDataModule) -> None:
@@ -215,24 +243,17 @@ class Segmentation(Task):
         window = self.tile or self.window
         stride = self.stride or (window and (self.tile or (window + 1) // 2))
         images = list(batch.images)
-        sizes = [(image.shape[1], image.shape[2]) for image in images]
-        windows = [cut_windows(size, window, stride) for size in sizes]
-        scores = window_similarities(
-            self.backbone, images, windows, self.texts.features, rest=self.rest
-        )
+        windows = [
+            cut_windows((image.shape[1], image.shape[2]), window, stride) for image in images
+        ]
+        if self.score == "fused":
+            choose = self.by_fused_scores(batch.images, self.texts.features)
+        else:
+            choose = self.by_cosines(images, windows, self.texts.features)
         samples, groups = batch.samples, alike(batch.samples, [1] * len(images), self.device)
         found: list[Tensor] = []
         for group in groups:
-            size = samples[group[0]].size
-            predicted = label_maps(
-                [scores[i] for i in group],
-                [windows[i] for i in group],
-                [sizes[i] for i in group],
-                size,
-                self.backbone.patch_size,
-                self.rules(),
-                self.refiner([images[i] for i in group], size),
-            )
+            predicted = choose(group, samples[group[0]].size)
             labels = [s.label for i in group if (s := samples[i]).label is not None]
             self.measures.update(predicted, labels, [samples[i].positives or () for i in group])
             # As narrow as their values, before they leave the device; torch has few 16-bit integers.
@@ -244,6 +265,43 @@ class Segmentation(Task):
             self._result(sample.key, images[i], maps[i], len(windows[i]))
             for i, sample in enumerate(samples)
         ]
+
+    def by_cosines(self, images: list[Tensor], windows: list[list[Window]], text: Tensor) -> Choose:
+        """The labels of some of the images, at a size, by the cosines of their windows."""
+        scores = window_similarities(self.backbone, images, windows, text, rest=self.rest)
+
+        def choose(group: Sequence[int], size: tuple[int, int]) -> Tensor:
+            return label_maps(
+                [scores[i] for i in group],
+                [windows[i] for i in group],
+                [(images[i].shape[1], images[i].shape[2]) for i in group],
+                size,
+                self.backbone.patch_size,
+                self.rules(),
+                self.refiner([images[i] for i in group], size),
+            )
+
+        return choose
+
+    def by_fused_scores(self, images: Tensor | list[Tensor], text: Tensor) -> Choose:
+        """The same by CLIPer's score; pixels beyond the last whole patch are left out."""
+        rows, columns = self.backbone.patch_size
+        words = self.values != 0 if self.background_words(self.info) else self.values >= 0
+        scores: list[Tensor] = []
+        for pixels in self.pixels(images):
+            height, width = (pixels.shape[2] // rows * rows, pixels.shape[3] // columns * columns)
+            layers = read_layers(self.backbone, pixels[..., :height, :width])
+            scores += fused_scores(
+                layers, text, words, scale=self.logit_scale, threshold=self.attention_thd
+            ).split(1)
+        background = (self.prob_thd or 0.0) if self.has_background(self.info) else None
+
+        def choose(group: Sequence[int], size: tuple[int, int]) -> Tensor:
+            found = torch.cat([scores[i] for i in group])
+            labels = fused_labels(found, size, background=background, least=self.class_thd)
+            return F.pad(self.values[words], (1, 0))[labels]
+
+        return choose
 
     def rules(self) -> Rules:
         """How the cosines of words become the label of a pixel."""

@@ -8,8 +8,9 @@ import torch
 
 from datamodules import Shapes
 from surgery import RECIPES, Texts, load_backbone, similarity
+from surgery.fused import fused_labels, fused_scores, read_layers
 from tasks.__main__ import main
-from tests.tasks.test_segmentation import pictured
+from tests.tasks.test_segmentation import label_maps, pictured
 
 OURS = (
     "--model.backbone.attention.name=resclip",
@@ -34,6 +35,31 @@ def test_a_recipe_with_fields_of_its_own_reads_the_class_texts(predict, scenes, 
     ).abs().max() > 0.01
 
 
+def test_the_score_of_cliper(predict, scenes, tiny, tmp_path):
+    run = predict(
+        tmp_path / "run",
+        *(
+            "--model.backbone.attention=cliper",
+            "--model.score=fused",
+            "--model.background=[sky, grass]",
+        ),
+        *("--model.prob_thd=0.4", "--model.class_thd=0.05", "--model.logit_scale=50"),
+        task="Segmentation",
+    )
+    stored = label_maps(run)["00000007"]
+    backbone = load_backbone(tiny)
+    words = [*Shapes.info.prompts, "sky", "grass"]
+    texts = Texts.encode(backbone, words).features
+    image = backbone.preprocess(pictured(scenes, "00000007", 48))
+    foreground = torch.arange(len(words)) < len(Shapes.info.prompts)
+    scores = fused_scores(
+        read_layers(backbone, image), texts, foreground, scale=50.0, threshold=0.2
+    )
+    expected = fused_labels(scores, stored.shape, background=0.4, least=0.05)[0]
+    assert (stored == expected.numpy()).mean() > 0.999
+    assert len(np.unique(stored)) > 2
+
+
 @pytest.mark.parametrize(
     ("task", "words", "said"),
     [
@@ -43,6 +69,7 @@ def test_a_recipe_with_fields_of_its_own_reads_the_class_texts(predict, scenes, 
         ("Segmentation", ["--model.backbone.attention.class_share=0.1"], "attention.name"),
         ("Segmentation", [*OURS, "--model.backbone.attention.share=1"], "no field 'share'"),
         ("Segmentation", [*OURS, "--model.backbone.attention.combine=mode"], "combine='mode'"),
+        ("Segmentation", ["--model.score=fused"], "--model.backbone.attention cliper"),
         ("Opinions", [*OURS], "class texts"),
     ],
 )
