@@ -240,14 +240,13 @@ class Backbone(nn.Module):
         """Features of every token of texts [T, L]: [T, L, C], not normalised."""
         return self.text_tower.encode_tokens(token_ids)
 
-    def encode_soft_tokens(self, weights: Tensor) -> Tensor:
-        """Features at every position of soft texts, differentiable: [T, L, C], not normalised.
+    def encode_embeddings(self, embeddings: Tensor) -> Tensor:
+        """Features at every position of embedded texts, differentiable: [T, L, C], not normalised.
 
         Args:
-            weights: [T, L, V], what each position takes of each of the V embeddings of the
-                vocabulary; one-hot rows are an ordinary text.
+            embeddings: [T, L, D], of tokens (rows of ``text_tower.table``), or what lies between.
         """
-        return self.text_tower.encode_soft(weights)
+        return self.text_tower.encode_embedded(embeddings)
 
     def preprocess(self, images: Tensor) -> Tensor:
         """uint8 images [B, 3, H, W] to the normalised floats that `encode_image` takes.

@@ -1,11 +1,14 @@
 """What CLIP itself would say of an image: texts found by gradient ascent on soft tokens.
 
 The idea is that of the text opinions in zer0int/CLIP_Surgery, which go back to a script by
-@advadnoun: start from random tokens, and follow the gradient of the cosine with the image. Two
+@advadnoun: start from random tokens, and follow the gradient of the cosine with the image. Four
 things differ. The views of the image are encoded once and not again in every step: the mean cosine
-with all of them is the dot product with the mean of their unit features. And every sequence is
+with all of them is the dot product with the mean of their unit features. Every sequence is
 optimised by itself, with random numbers of its own, so that neither the number of sequences that
-share the memory nor the other images of a batch reach the result.
+share the memory nor the other images of a batch reach the result. The text tower gets the embeddings
+of the tokens that were chosen, and the gradient of the softmax behind the choice is written out: a
+third of the passes over the vocabulary. And tokens that the weights have never learned, as the demo's
+have not learned most, are not chosen from.
 """
 
 import hashlib
@@ -123,7 +126,7 @@ def ascend(
 ) -> Ascent:
     """Texts whose features come near to a target, by gradient ascent on their tokens.
 
-    Each of `length` positions of a sequence has one logit a token of the vocabulary, at first
+    Each of `length` positions of a sequence has one logit a token that the weights know, at first
     standard normal. A step adds Gumbel noise, takes the best token (straight-through: the gradient
     is that of the softmax behind the choice), and moves the logits along the running mean of the
     gradient of text . target, scaled so that a step changes the foremost logit of a position by
@@ -179,17 +182,20 @@ def _ascend(
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     """ids [steps, m, length] and scores [steps, m] of m sequences, by their numbers."""
-    device, vocabulary = target.device, int(backbone.model.vocab_size)
+    device, text = target.device, backbone.text_tower
+    taught = text.taught()
+    known = torch.arange(len(text.table)) if taught is None else taught.nonzero().flatten()
+    known = known.to(device)
+    table = text.table.detach()[known].float()
     generators = [
         torch.Generator(device).manual_seed(seed_from(seed, number)) for number in numbers.tolist()
     ]
     # Half precision, if it is this run's default, would lose the small steps.
-    blank = torch.empty(length, vocabulary, dtype=torch.float32, device=device)
+    blank = torch.empty(length, len(known), dtype=torch.float32, device=device)
     logits = torch.stack([torch.empty_like(blank).normal_(generator=g) for g in generators])
-    logits[..., list(special)] = -math.inf
+    logits[..., torch.isin(known, torch.tensor(special, device=device))] = -math.inf
     start, end = (
-        F.one_hot(torch.tensor(index, device=device), vocabulary).float().expand(len(logits), 1, -1)
-        for index in special
+        text.table.detach()[index].float().expand(len(logits), 1, -1) for index in special
     )
     momentum = torch.zeros_like(logits)
     ids, scores = [], []
@@ -198,21 +204,28 @@ def _ascend(
         noise = [
             torch.empty_like(blank).exponential_(generator=g).log_().neg_() for g in generators
         ]
-        noisy = (logits + torch.stack(noise)).requires_grad_()
-        soft = (noisy / _TEMPERATURE).softmax(dim=-1)
+        noisy = torch.stack(noise).add_(logits)
         chosen = noisy.argmax(dim=-1)
-        tokens = F.one_hot(chosen, vocabulary) + (soft - soft.detach())
-        features = backbone.encode_soft_tokens(torch.cat([start, tokens, end], dim=1))
+        tokens = table[chosen].requires_grad_()
+        features = backbone.encode_embeddings(torch.cat([start, tokens, end], dim=1))
         score = F.normalize(features[:, -1], dim=-1) @ target
-        (gradient,) = torch.autograd.grad(score.sum(), noisy)
-        momentum = momentum.lerp(gradient, 1 - _MOMENTUM)
+        (by_token,) = torch.autograd.grad(score.sum(), tokens)
+        gradient = _through_softmax(noisy, by_token @ table.T)
+        momentum.lerp_(gradient, 1 - _MOMENTUM)
         foremost = (
             momentum.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         )
-        logits += lr * momentum / foremost
-        ids.append(chosen)
+        logits.addcdiv_(momentum, foremost, value=lr)
+        ids.append(known[chosen])
         scores.append(score.detach())
     return torch.stack(ids), torch.stack(scores)
+
+
+def _through_softmax(noisy: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of logits [m,L,V] from that of the softmax of them over the temperature."""
+    soft = (noisy / _TEMPERATURE).softmax(dim=-1)
+    gradient = gradient - (soft * gradient).sum(dim=-1, keepdim=True)
+    return gradient.mul_(soft).div_(_TEMPERATURE)
 
 
 def word_frequencies(tokenizer: Any, ids: Tensor) -> dict[str, int]:

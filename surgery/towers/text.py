@@ -62,21 +62,21 @@ class TextTower:
         self._need_causal()
         return self._project(self._states(token_ids))
 
-    def encode_soft(self, weights: Tensor) -> Tensor:
-        """Features at every position of soft texts, differentiable; see `Backbone`.
-
-        Args:
-            weights: [T, L, V], what each position takes of each of the V embeddings of the
-                vocabulary.
-
-        Returns:
-            [T, L, C], not normalised.
-        """
+    def encode_embedded(self, embeddings: Tensor) -> Tensor:
+        """Features [T, L, C] at every position of embedded texts [T, L, D]; see `Backbone`."""
         self._need_causal()
-        table = self._text.token_embedding.weight
-        if weights.ndim != 3 or weights.shape[2] != len(table):
-            raise ValueError(f"weights: expected [T, L, {len(table)}], given {list(weights.shape)}")
-        return self._project(self._run(weights.to(table.dtype) @ table))
+        width = self.table.shape[1]
+        if embeddings.ndim != 3 or embeddings.shape[2] != width:
+            raise ValueError(
+                f"embeddings: expected [T, L, {width}], given {list(embeddings.shape)}"
+            )
+        return self._project(self._run(embeddings.to(self.table.dtype)))
+
+    @property
+    def table(self) -> Tensor:
+        """Embeddings [V, D] of the tokens of the vocabulary."""
+        weight: Tensor = self._text.token_embedding.weight
+        return weight
 
     def taught(self) -> Tensor | None:
         """Which tokens of the vocabulary the weights know, bool [V]; None: there is no saying.

@@ -70,6 +70,16 @@ def test_scores_are_those_of_the_texts(backbone, target):
         assert float(feature @ target) == pytest.approx(float(score), abs=1e-5)
 
 
+def test_only_tokens_that_the_weights_know_are_chosen():
+    demo = load_backbone("demo", "demo")
+    known = demo.text_tower.taught()
+    assert 2 < int(known.sum()) < len(known)
+    target = torch.ones(demo.embed_dim)
+    found = climb(demo, target, steps=2)
+    assert known[found.ids].all()
+    assert int(found.ids.max()) < 49406
+
+
 def test_a_sequence_depends_on_its_seed_and_number_alone(backbone, target):
     whole = climb(backbone, target, steps=6)
     assert torch.equal(climb(backbone, target, steps=6).ids, whole.ids)

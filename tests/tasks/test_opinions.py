@@ -110,14 +110,14 @@ def test_own_pictures_and_another_seed(run, predict, tmp_path):
 
 def test_a_stop_does_not_wait_for_the_end_of_a_climb(command, two_scenes, monkeypatch, tmp_path):
     climbed = []
-    encode = Backbone.encode_soft_tokens
+    encode = Backbone.encode_embeddings
 
     def count(*args):
         climbed.append(1)
         monkeypatch.setattr(signals, "reason", lambda: signals.Stopped(signal.SIGTERM))
         return encode(*args)
 
-    monkeypatch.setattr(Backbone, "encode_soft_tokens", count)
+    monkeypatch.setattr(Backbone, "encode_embeddings", count)
     assert main(command(tmp_path / "run", *FAST, two_scenes, task="Opinions")) == 143
     assert len(climbed) == 1
     assert not list((tmp_path / "run").glob("*.tar"))
