@@ -127,9 +127,11 @@ def server(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _own_temporary_folder(tmp_path, monkeypatch):
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+def _own_temporary_folder(monkeypatch):
+    with tempfile.TemporaryDirectory() as folder:  # a short path: sockets of workers are in it
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield
+        monkeypatch.undo()
 
 
 def tar_of(image: Path) -> bytes:
