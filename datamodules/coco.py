@@ -245,7 +245,7 @@ class COCO(ShardDataModule):
 
         Args:
             source: folder of the data set.
-            split: train or val.
+            split: train or val, or with its year: val2017.
             year: 2017 or 2014.
             crowd: what crowd regions (iscrowd 1) count as. With ``void`` they are neither foreground
                 nor background of their class, and a class that an image has only as a crowd is no
@@ -255,7 +255,7 @@ class COCO(ShardDataModule):
             SourceError: the layout isn't there; shows what was expected and found.
         """
         root = Path(source)
-        name = f"{split}{year}"
+        name = split if split.endswith(("2014", "2017")) else f"{split}{year}"
         file = first_of((root / "annotations" / f"instances_{name}.json",), cls.layout)
         images = first_of((root / name, root / "images" / name), cls.layout)
         try:
@@ -264,7 +264,7 @@ class COCO(ShardDataModule):
         except (ValueError, KeyError, TypeError) as error:
             raise SourceError(f"{file} is not a COCO instances file: {error!r}") from None
         return Source(
-            INFO, split, items, partial(read_sample, images, crowd), extra={"crowd": crowd}
+            INFO, name[:-4], items, partial(read_sample, images, crowd), extra={"crowd": crowd}
         )
 
 

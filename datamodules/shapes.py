@@ -100,6 +100,8 @@ class Shapes(ShardDataModule):
             return
         folder = Path(self.shards)
         scenes = DRAWN.scenes if self.scenes is None else self.scenes
+        if scenes < 1:
+            raise InvalidSetting(f"--data.scenes must be at least 1, got {scenes}")
         seed = DRAWN.seed if self.seed is None else self.seed
         size = DRAWN.size if self.scene_size is None else self.scene_size
         source = self.source(scenes, seed, size)

@@ -113,6 +113,8 @@ def test_missing_photographs_are_counted_and_listed(tmp_path, capsys):
 
 def test_crowds_can_count_as_foreground(tmp_path):
     fake_coco(tmp_path / "source")
+    assert convert("coco", tmp_path / "source", tmp_path / "other", "--split", "val2017") == 0
+    assert json.loads((tmp_path / "other" / "dataset.json").read_text())["split"] == "val"
     convert("coco", tmp_path / "source", tmp_path / "shards", "--crowd", "foreground")
     _, batches = stream("coco", tmp_path / "shards")
     crowd = batches[0].samples[1]

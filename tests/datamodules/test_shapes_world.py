@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from common.errors import InvalidSetting
 from datamodules._drawing import (
     BACKGROUNDS,
     COLOURS,
@@ -18,7 +19,7 @@ from datamodules._drawing import (
     caption,
     draw_scene,
 )
-from datamodules.shapes import PALETTE
+from datamodules.shapes import PALETTE, Shapes
 
 MANY = 400
 
@@ -235,3 +236,8 @@ def test_a_background_can_be_chosen(kind):
 def test_what_cannot_be_drawn_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         draw_scene(0, 0, **options)
+
+
+def test_no_scenes_are_refused_by_the_name_of_the_field(tmp_path):
+    with pytest.raises(InvalidSetting, match=r"--data.scenes must be at least 1, got 0"):
+        Shapes(str(tmp_path / "shapes"), scenes=0).prepare_data()
