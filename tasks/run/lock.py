@@ -52,8 +52,10 @@ class Job:
 class FolderLock:
     """A hidden file that says who works in a folder, locked for as long as that process lives.
 
-    The lock is the operating system's: it ends with its process, whatever ends that, and holds
-    between the machines of a shared file system (NFS turns it into one of its own).
+    The lock is the operating system's (flock): it ends with its process, whatever ends that. Linux
+    makes it a lock of the server's on NFS, which needs the file open for writing, as it is here; so it
+    holds between machines, unless the file system is mounted with local locks (NFS: ``nolock``,
+    ``local_lock=flock`` or ``all``; Lustre: ``localflock``, or without ``flock``).
 
     Args:
         folder: of the run; exists.
