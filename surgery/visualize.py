@@ -1,10 +1,13 @@
-"""Heat maps over images, and pictures of several."""
+"""Heat maps over images, and pictures of several; only colour maps other than jet need matplotlib."""
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from common.errors import InvalidSetting
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,13 +28,44 @@ def jet(values: Tensor) -> Tensor:
     return colours.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
-def heat_map(image: Tensor, values: Tensor, *, opacity: float = 0.6) -> Tensor:
+def colours(values: Tensor, colour_map: str = "jet") -> Tensor:
+    """Colours of values in [0, 1]: uint8 [..., 3].
+
+    Args:
+        values: of any shape.
+        colour_map: ``jet``, or any other of matplotlib's by its name, such as ``viridis`` or
+            ``cividis``, which the colour-blind can read.
+
+    Raises:
+        InvalidSetting: matplotlib doesn't know it, or is not installed.
+    """
+    if colour_map == "jet":
+        return jet(values)
+    try:
+        from matplotlib import colormaps
+    except ImportError:
+        raise InvalidSetting(
+            f"the colour map {colour_map!r} is matplotlib's, which is not installed: "
+            "`pip install 'clip-surgery-lightning[plots]'`, or take jet"
+        ) from None
+    if colour_map not in colormaps:
+        near = ", ".join(get_close_matches(colour_map, colormaps) or ["viridis", "cividis", "jet"])
+        raise InvalidSetting(f"no colour map {colour_map!r}; did you mean {near}?")
+    table = colormaps[colour_map](torch.linspace(0, 1, 256).numpy(), bytes=True)[:, :3]
+    cells = values.float().clamp(0, 1).mul(255).round().long()
+    return torch.from_numpy(table.copy()).to(values.device)[cells]
+
+
+def heat_map(
+    image: Tensor, values: Tensor, *, opacity: float = 0.6, colour_map: str = "jet"
+) -> Tensor:
     """A similarity map laid over its image.
 
     Args:
         image: uint8 [H, W, 3].
         values: [H, W] in [0, 1].
         opacity: share of the colours in [0, 1].
+        colour_map: see `colours`.
 
     Returns:
         uint8 [H, W, 3].
@@ -44,7 +78,7 @@ def heat_map(image: Tensor, values: Tensor, *, opacity: float = 0.6) -> Tensor:
             f"expected an image uint8 [{', '.join(map(str, values.shape))}, 3], "
             f"given {image.dtype} {list(image.shape)}"
         )
-    mixed = image.float().lerp(jet(values).float(), opacity)
+    mixed = image.float().lerp(colours(values, colour_map).float(), opacity)
     return mixed.round().to(torch.uint8)
 
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "shards": "turn a data set's official layout into shards",
     "metrics": "recompute a run's metrics from its finished shards",
     "compare": "runs side by side: metrics, classes, settings, images",
+    "report": "look at runs: a page with maps, masks and scores, or a contact sheet",
     "reproduce": "a table or figure of the paper, our numbers beside the printed ones",
     "list": "list models, data sets, tasks or configs",
 }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,7 @@ from common import signals
 from common.errors import InvalidSetting
 from common.files import is_nan
 from common.source import source_digest
-from datamodules._samples import Batch
+from datamodules._samples import Batch, SampleError
 from tasks._task import Task
 from tasks._text_features import digest_of_texts
 from tasks.measures import Report
@@ -79,6 +80,7 @@ class ResultWriter(BasePredictionWriter):
         self._processes = Processes()
         self._thread = WriterThread()  # encodes and writes while the next batch is computed
         self._shard: OutputShard | None = None
+        self._began = datetime.now(timezone.utc)
         self._mine: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -139,6 +141,7 @@ class ResultWriter(BasePredictionWriter):
             self.run.accept(self._mine, more, self.config)
             log.info("%s", _describe_run(task, more["device"]["name"]))
         self._processes.wait()  # nobody may publish into a folder that rank 0 refuses
+        self._began = datetime.now(timezone.utc)
 
     def write_on_batch_end(
         self,
@@ -231,8 +234,23 @@ class ResultWriter(BasePredictionWriter):
                     self.tally.add(record.images, len(record.errors))
                 elif record:
                     self.tally.lose(record)
-
+            self._note_job(found, trainer.world_size)
             self._tell_loggers(trainer.loggers, report)
+
+    def _note_job(self, found: Mapping[str, ShardRecord | SampleError], processes: int) -> None:
+        """Write down how long this job took, from its first batch on, for how many images."""
+        new = [found.get(name) for name in self._mine if name not in self.run.finished]
+        records = [record for record in new if isinstance(record, ShardRecord)]
+        if records:
+            seconds = (datetime.now(timezone.utc) - self._began).total_seconds()
+            self.run.note_job(
+                {
+                    "began": self._began.isoformat(timespec="seconds"),
+                    "seconds": round(seconds, 3),
+                    "images": sum(record.images for record in records),
+                    "processes": processes,
+                }
+            )
 
     def _tell_loggers(self, loggers: Sequence[Logger], report: Report) -> None:
         """Give the metrics to the loggers that the user set, those of further methods by their names."""

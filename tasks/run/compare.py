@@ -116,7 +116,7 @@ def compare(runs: Sequence[Run], images: int = 10) -> Comparison:
     Raises:
         RunError: a run can't be read.
     """
-    names = _names(runs)
+    names = names_of(runs)
     heads = _with_differences(names)
     letters = {}
     if max(map(len, names)) > _LONGEST and len(names) <= len(ascii_uppercase):
@@ -222,7 +222,7 @@ def _with_differences(names: Sequence[str]) -> tuple[str, ...]:
     return (*names, *(f"{name} - {names[0]}" for name in names[1:]))
 
 
-def _names(runs: Sequence[Run]) -> list[str]:
+def names_of(runs: Sequence[Run]) -> list[str]:
     """What the runs are called: their folders' names, or their paths where these are the same."""
     short = [run.folder.resolve().name for run in runs]
     return short if len(set(short)) == len(short) else [str(run.folder) for run in runs]

@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 MARKER = "run.json"
 """What makes a folder a run's: what it is a run of."""
 
+JOBS = "jobs.jsonl"
+"""How long each job took that worked on the run; no part of its results."""
+
 _ASIDE = ".replaced"
 """Where an old run lies until the new one has been accepted."""
 
@@ -127,6 +130,25 @@ class Run:
             return [SampleError(**json.loads(line)) for line in path.read_text().splitlines()]
         except (OSError, ValueError, TypeError) as error:
             raise RunError(f"{path} can't be read ({error}): {again}") from None
+
+    @property
+    def jobs(self) -> list[dict[str, Any]]:
+        """The jobs that made the run: ``began`` (UTC), ``seconds``, ``images`` and ``processes`` of each.
+
+        Those that were killed are not among them.
+        """
+        try:
+            lines = (self.folder / JOBS).read_text().splitlines()
+            return [json.loads(line) for line in lines]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.folder / JOBS} can't be read ({error}): delete it") from None
+
+    def note_job(self, job: Mapping[str, Any]) -> None:
+        """Add a job that has come to its end to those of the run."""
+        with open(self.folder / JOBS, "a") as file:
+            file.write(f"{json.dumps(job)}\n")
 
     def images(self, shards: Collection[str] | None = None) -> Iterator[StoredImage]:
         """Every image's results, in shard order, of all shards that are finished.
@@ -274,11 +296,17 @@ class Run:
         Returns:
             The report, and what each shard says of itself, or why it is missing.
         """
-        measures = measures or self.measures()
-        outcomes = merge_shards(self.folder, self.shards, measures, elsewhere or {})
-        report = measures.report()
+        report, outcomes = self.measured(measures, elsewhere)
         write_summary(self.folder, report, outcomes, len(self.shards))
         return report, outcomes
+
+    def measured(
+        self, measures: Measures | None = None, elsewhere: Mapping[str, Published] | None = None
+    ) -> tuple[Report, dict[str, ShardRecord | SampleError]]:
+        """The same, and nothing is written."""
+        measures = measures or self.measures()
+        outcomes = merge_shards(self.folder, self.shards, measures, elsewhere or {})
+        return measures.report(), outcomes
 
     def _find_finished(self, mine: Collection[str]) -> list[str]:
         """Shards with results; those of ours that are broken are done again."""

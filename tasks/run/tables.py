@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,13 +40,20 @@ def write_tables(folder: Path, tables: dict[str, Table]) -> None:
         # Not pyplot: its figures are global, and would look for a display.
         width = 0.3 * len(table.rows) if table.plot == "bars" else 0
         figure = Figure(figsize=(max(6.4, width), 4.2), layout="constrained")
-        _draw(figure.add_subplot(), table)
+        draw_table(figure.add_subplot(), table)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=150)
         write_atomically(folder / f"{name}.png", buffer.getvalue())
 
 
-def _draw(axes: Axes, table: Table) -> None:
+def draw_table(axes: Axes, table: Table, colours: Sequence[str] = ()) -> None:
+    """Plot a table.
+
+    Args:
+        axes: to draw on.
+        table: with a ``plot``.
+        colours: of its series, and after them of its levels; matplotlib's own by default.
+    """
     rows = [row for row in table.rows if not all(map(is_nan, row[1:]))]
     first = [row[0] for row in rows]
     counted = not any(isinstance(value, str) for value in first)
@@ -56,10 +64,12 @@ def _draw(axes: Axes, table: Table) -> None:
         if table.plot == "bars":
             width = 0.8 / series
             shifted = [place + (number - (series + 1) / 2) * width for place in places]
-            axes.bar(shifted, values, width, label=name)
+            axes.bar(shifted, values, width, label=name, color=_one(colours, number - 1))
         else:
-            axes.plot(places, values, "." if table.plot == "points" else ".-", label=name)
-    for (name, level), colour in zip(table.levels.items(), ("tab:blue", "tab:red"), strict=False):
+            style = "." if table.plot == "points" else ".-"
+            axes.plot(places, values, style, label=name, color=_one(colours, number - 1))
+    of_levels = colours[series : series + 2] or ("tab:blue", "tab:red")
+    for (name, level), colour in zip(table.levels.items(), of_levels, strict=False):
         axes.axhline(level, color=colour, label=name)
     if not counted:
         axes.set_xticks(places, [str(value) for value in first], rotation=90)
@@ -67,3 +77,7 @@ def _draw(axes: Axes, table: Table) -> None:
     axes.set_ylabel(table.label)
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
+
+
+def _one(colours: Sequence[str], number: int) -> str | None:
+    return colours[number % len(colours)] if colours else None

@@ -1,0 +1,252 @@
+"""A contact sheet of runs: a row an image, a column a method (Figures 3, 8 and 9 of the paper)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common.errors import InvalidSetting
+from datamodules._samples import Sample
+from surgery import similarity_map
+from surgery.visualize import colours, heat_map
+from tasks._draw import enlarged, label_colours, point_figure
+from tasks.report.answers import Column, columns_of, together
+from tasks.report.charts import need_matplotlib
+from tasks.report.originals import Originals
+from tasks.run import Run, RunError
+from tasks.run.compare import names_of
+from tasks.run.results import LabelMap, Masks, Points, Similarities, StoredImage, Tokens
+from tasks.run.shard import ShardRecord, find_shard
+
+CELL = 1.6
+"""Inches of a picture's side."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """How heat is laid over images.
+
+    Attributes:
+        alpha: share of the colours in [0, 1].
+        colour_map: see `surgery.visualize.colours`.
+    """
+
+    alpha: float = 0.6
+    colour_map: str = "jet"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of a sheet.
+
+    Attributes:
+        title: the class, word or token that the maps are of; else the image's key.
+        pictures: uint8 [H,W,3] each, the image first; None where there is nothing to show.
+    """
+
+    title: str
+    pictures: list[np.ndarray | None]
+
+
+def write_sheet(
+    runs: Sequence[Run],
+    output: Path | None = None,
+    *,
+    shards: str | None = None,
+    rows: int = 8,
+    keys: Sequence[str] | None = None,
+    look: Look | None = None,
+) -> Path:
+    """Write a contact sheet.
+
+    Args:
+        runs: whose methods are the columns.
+        output: the picture, of an ending that matplotlib writes; by default ``sheet.png`` in the first
+            run's folder.
+        shards: where the input of the runs is now, see `Originals`.
+        rows: how many images, spread evenly over the first run.
+        keys: these images in their place, in this order.
+        look: of heat maps.
+
+    Returns:
+        The picture.
+
+    Raises:
+        InvalidSetting: an image that isn't there, a colour map or an ending that nobody knows, or
+            matplotlib is not installed.
+        RunError: a run is damaged, or there is nothing in it.
+    """
+    need_matplotlib()
+    look = look or Look()
+    colours(torch.zeros(1), look.colour_map)  # refuses one that nobody knows
+    output = output or runs[0].folder / "sheet.png"
+    columns = columns_of(runs, names_of(runs))
+    originals = Originals(runs[0], shards)
+    found: dict[str, Row] = {}
+    try:
+        for key, sample, answers in _chosen(runs[0], columns, originals, rows, keys):
+            found[key] = _row(key, sample, columns, answers, look)
+    finally:
+        originals.close()
+    if missing := [key for key in keys or () if key not in found]:
+        raise InvalidSetting(f"--keys: {runs[0].folder} has no image {missing[0]!r}")
+    if not found:
+        raise RunError(f"{runs[0].folder}: no shard is finished, there is nothing to show")
+    _draw([found[key] for key in keys or found], ["image", *(c.label for c in columns)], output)
+    return output
+
+
+def _chosen(
+    run: Run,
+    columns: Sequence[Column],
+    originals: Originals,
+    rows: int,
+    keys: Collection[str] | None,
+) -> Iterator[tuple[str, Sample | None, list[StoredImage | None]]]:
+    """Key, sample and answers of the images that make rows."""
+    places = {name: path for name in run.shards if (path := find_shard(run.folder, name))}
+    counts = {name: ShardRecord.load(path).images for name, path in places.items()}
+    total, number = sum(counts.values()), 0
+    wanted = {i * total // min(rows, total) for i in range(min(rows, total))}
+    for shard, count in counts.items():
+        if keys is None and wanted.isdisjoint(range(number, number + count)):
+            number += count
+            continue
+        with originals.open(shard) as find:
+            for answers in together(columns, shard):
+                key = next(image.key for image in answers if image)
+                if key in keys if keys is not None else number in wanted:
+                    yield key, find(key), answers
+                number += 1
+
+
+def _row(
+    key: str,
+    sample: Sample | None,
+    columns: Sequence[Column],
+    answers: Sequence[StoredImage | None],
+    look: Look,
+) -> Row:
+    name = _name(columns, answers, sample)
+    original = None if sample is None else sample.original
+    pictures = [None if original is None else original.permute(1, 2, 0).numpy()]
+    pictures += [
+        None if image is None else _picture(column, image, original, name, look)
+        for column, image in zip(columns, answers, strict=True)
+    ]
+    return Row(name or key, pictures)
+
+
+def _name(
+    columns: Sequence[Column], answers: Sequence[StoredImage | None], sample: Sample | None
+) -> str:
+    """The class with the largest true mask, or else the first thing that an answer is about."""
+    info = columns[0].run.info
+    of_words = any(
+        image and (image.get(Tokens) or ((masks := image.get(Masks)) and masks.words))
+        for image in answers
+    )
+    if not of_words and sample is not None and sample.label is not None and sample.positives:
+        label = sample.label
+        if label.ndim == 3:
+            areas = (label == 1).flatten(1).sum(1).tolist()
+        else:
+            areas = [int((label == info.label_value(index)).sum()) for index in sample.positives]
+        return info.classes[sample.positives[int(np.argmax(areas))]]
+    for column, image in zip(columns, answers, strict=True):
+        if image is None:
+            continue
+        if tokens := image.get(Tokens):
+            return tokens.best
+        method = column.method if image.methods else None
+        if (masks := image.get(Masks, method)) and masks.names:
+            similarities = image.get(Similarities, method)
+            peaks = similarities.values.max((1, 2)) if similarities else np.zeros(1)
+            best = int(np.argmax([peaks[n] if n < len(peaks) else 0 for n in masks.numbers]))
+            return masks.names[best]
+        if (points := image.get(Points, method)) and points.points:
+            return next(iter(points.points))
+    return ""
+
+
+def _picture(
+    column: Column, image: StoredImage, original: Tensor | None, name: str, look: Look
+) -> np.ndarray | None:
+    """What a column says of ``name`` on an image uint8 [3,H,W]."""
+    method = column.method if image.methods else None
+    info = column.run.info
+    if labels := image.get(LabelMap):
+        under = _under(original, (labels.values.shape[0], labels.values.shape[1]))
+        return label_colours(under, labels.values, info.flat_palette())
+    if (points := image.get(Points, method)) and name in points.points:
+        mask = None
+        if points.masks and name in points.masks.names:
+            mask = points.masks.masks[list(points.masks.names).index(name)]
+        under = _under(original, points.size)
+        return point_figure(under, points.size, points.points[name], points.labels[name], mask)
+    if similarities := image.get(Similarities, method):
+        row = _place(name, similarities, image.get(Masks, method), info.classes)
+        if row is None:
+            return None
+        values = torch.from_numpy(similarities.values[row].astype(np.float32))
+        height, width = original.shape[1:] if original is not None else image.record["size"]
+        grid, size = (values.shape[0], values.shape[1]), (height, width)
+        order = column.settings.get("order", "code")
+        map_ = similarity_map(values.flatten()[None, :, None], grid, size, order=order)[0, 0]
+        under = enlarged(_under(original, size), size).round().byte()
+        return heat_map(under, map_, opacity=look.alpha, colour_map=look.colour_map).numpy()
+    if image.pictures:
+        with Image.open(io.BytesIO(next(iter(image.pictures.values())))) as drawn:
+            return np.asarray(drawn.convert("RGB"))
+    return None
+
+
+def _place(
+    name: str, similarities: Similarities, masks: Masks | None, classes: Sequence[str]
+) -> int | None:
+    """The row of similarities that is about ``name``."""
+    if similarities.single:
+        return 0
+    if masks and masks.words:
+        return masks.numbers[list(masks.names).index(name)] if name in masks.names else None
+    return list(classes).index(name) if name in classes else None
+
+
+def _under(original: Tensor | None, size: tuple[int, int]) -> Tensor:
+    """The image uint8 [3,H,W], or grey where there is none."""
+    return torch.full((3, *size), 160, dtype=torch.uint8) if original is None else original
+
+
+def _draw(rows: Sequence[Row], heads: Sequence[str], output: Path) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    known = Figure().canvas.get_supported_filetypes()
+    if output.suffix[1:].lower() not in known:
+        raise InvalidSetting(f"{output}: the ending of a sheet is one of {', '.join(known)}")
+    shapes = [next(p.shape for p in row.pictures if p is not None) for row in rows]
+    heights = [shape[0] / shape[1] for shape in shapes]
+    size = (0.4 + CELL * len(heads), 0.3 + 1.03 * CELL * sum(heights))
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
+    figure = Figure(figsize=size, layout=layout)
+    axes = figure.subplots(len(rows), len(heads), squeeze=False, height_ratios=heights)
+    for row, line in zip(rows, axes, strict=True):
+        for axis, picture in zip(line, row.pictures, strict=True):
+            axis.set(xticks=[], yticks=[])
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+            if picture is not None:
+                axis.imshow(picture)
+        title = row.title if len(row.title) <= 24 else f"{row.title[:23]}…"
+        line[0].set_ylabel(title, fontsize=9, parse_math=False)
+    for axis, head in zip(axes[0], heads, strict=True):
+        axis.set_title(head, fontsize=10, pad=4, parse_math=False)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=200)
