@@ -1,6 +1,6 @@
 """Whole images, tiles or sliding windows: what the network sees at once, and its similarities there."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,8 +11,12 @@ from torch import Tensor
 from common.errors import InvalidSetting
 from surgery.backbone import Backbone
 from surgery.features import similarity
+from surgery.towers import ImageTokens
 
 _WINDOWS_AT_ONCE = 8
+
+Compare = Callable[[ImageTokens, list[int]], Tensor]
+"""Tokens of b windows, and which images these are of -> [b, N, T]."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,9 @@ def window_similarities(
     text: Tensor,
     *,
     rest: Literal["pad", "drop"] = "pad",
+    compare: Compare | None = None,
 ) -> list[list[Tensor]]:
-    """Cosine of the patches of each window of each image with texts.
+    """Cosine of the patches of each window of each image with texts, or what else compares them.
 
     Windows of equal size are encoded together.
 
@@ -87,6 +92,7 @@ def window_similarities(
         text: [T, C].
         rest: what becomes of the lower and right border of a window that patches don't divide: "pad"
             fills the last patches up with the mean colour, "drop" leaves out what is no whole patch.
+        compare: in place of the cosine.
 
     Returns:
         [T, h, w] of each window of each image.
@@ -97,23 +103,53 @@ def window_similarities(
         for j, window in enumerate(boxes):
             alike.setdefault((window.height, window.width), []).append((i, j))
     most = max(_WINDOWS_AT_ONCE, len(images))
-    rows, columns = backbone.patch_size
-    for (height, width), places in alike.items():
+    for places in alike.values():
         for start in range(0, len(places), most):
             chosen = places[start : start + most]
             pixels = backbone.preprocess(
                 torch.stack([windows[i][j].of(images[i]) for i, j in chosen])
             )
-            if rest == "drop":
-                pixels = pixels[
-                    ..., : max(height // rows, 1) * rows, : max(width // columns, 1) * columns
-                ]
-            beyond = (0, -pixels.shape[3] % columns, 0, -pixels.shape[2] % rows)
-            tokens = backbone.encode_image(F.pad(pixels, beyond), text)
-            scores = similarity(tokens.patch_tokens, text).transpose(1, 2).unflatten(2, tokens.grid)
+            tokens = backbone.encode_image(_whole_patches(pixels, backbone.patch_size, rest), text)
+            if compare is None:
+                values = similarity(tokens.patch_tokens, text)
+            else:
+                values = compare(tokens, [i for i, _ in chosen])
+            scores = values.transpose(1, 2).unflatten(2, tokens.grid)
             for (i, j), values in zip(chosen, scores, strict=True):
                 similarities[i][j] = values
     return similarities
+
+
+def class_similarities(
+    backbone: Backbone,
+    images: Sequence[Tensor],
+    text: Tensor,
+    *,
+    rest: Literal["pad", "drop"] = "pad",
+) -> Tensor:
+    """Cosine of the class token of each image, seen as a whole, with texts: [B, T].
+
+    Args:
+        backbone: that encodes them.
+        images: uint8 [3, H, W], of any sizes.
+        text: [T, C].
+        rest: as of `window_similarities`.
+    """
+    found = [text.new_empty(0, len(text))]
+    for image in images:
+        pixels = _whole_patches(backbone.preprocess(image[None]), backbone.patch_size, rest)
+        found.append(
+            similarity(backbone.encode_image(pixels, text).class_token[:, None], text)[:, 0]
+        )
+    return torch.cat(found)
+
+
+def _whole_patches(pixels: Tensor, patch_size: tuple[int, int], rest: str) -> Tensor:
+    """Images [B, 3, H, W] with sides that patches divide."""
+    (height, width), (rows, columns) = pixels.shape[2:], patch_size
+    if rest == "drop":
+        pixels = pixels[..., : max(height // rows, 1) * rows, : max(width // columns, 1) * columns]
+    return F.pad(pixels, (0, -pixels.shape[3] % columns, 0, -pixels.shape[2] % rows))
 
 
 def _starts(side: int, window: int, stride: int) -> tuple[list[int], int]:

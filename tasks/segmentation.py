@@ -15,11 +15,13 @@ from torch import Tensor
 from common.errors import InvalidSetting
 from datamodules._datamodule import ShardDataModule
 from datamodules._samples import VOID, Batch, DatasetInfo
+from surgery import ImageTokens, similarity
+from surgery.adapted import adapted_scores, text_clusters
 from surgery.fused import fused_labels, fused_scores, read_layers
 from surgery.labels import Refine, Rules, label_maps
 from surgery.prompts import find_templates
 from surgery.refine import REFINEMENTS
-from surgery.windows import Window, cut_windows, window_similarities
+from surgery.windows import Compare, Window, class_similarities, cut_windows, window_similarities
 from tasks._draw import label_figure
 from tasks._protocols import check_name, find_protocol
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
@@ -76,9 +78,11 @@ class Segmentation(Task):
         rest: what becomes of pixels beyond the last whole patch of an image or a window: pad fills the
             patch up with the mean colour, drop leaves them out and stretches the cosines over them.
         enlarge: cosines of a whole image go to the label's size once, or twice: to the image's first.
-        score: what says how much a word is in a place: cosine, or fused, CLIPer's (of its recipe cliper):
-            softmaxes of the tokens of all layers, spread by their attention. Background words only
-            compete in the softmax, and ``prob_thd`` is what a map, scaled to [0, 1], has to reach.
+        score: what says how much a word is in a place: cosine; adapted, RF-CLIP's: of like words the one
+            that fits the whole image best is moved towards its best places, and the whole image's cosine
+            counts for 0.3; fused, CLIPer's (of its recipe cliper): softmaxes of the tokens of all layers,
+            spread by their attention. There, background words only compete in the softmax, and
+            ``prob_thd`` is what a map, scaled to [0, 1], has to reach.
         class_thd: of the score fused: a class whose largest value is not above it is not in the image,
             where there is a background.
         attention_thd: of the score fused: values less than this share of a word's largest are 0 before
@@ -92,6 +96,9 @@ class Segmentation(Task):
 
     values: Tensor
     """[T] label value that each word stands for."""
+
+    clusters: Tensor
+    """[T] which group of like words each is of, where the score is adapted."""
 
     def __init__(
         self,
@@ -111,7 +118,7 @@ class Segmentation(Task):
         templates: str | list[str] = "surgery",
         rest: Literal["pad", "drop"] = "pad",
         enlarge: Literal["once", "twice"] = "once",
-        score: Literal["cosine", "fused"] = "cosine",
+        score: Literal["cosine", "adapted", "fused"] = "cosine",
         class_thd: float = 0.0,
         attention_thd: float = 0.2,
     ) -> None:
@@ -165,6 +172,7 @@ class Segmentation(Task):
         self.class_thd = class_thd
         self.attention_thd = attention_thd
         self.register_buffer("values", torch.empty(0, dtype=torch.int64), persistent=False)
+        self.register_buffer("clusters", torch.empty(0, dtype=torch.int64), persistent=False)
 
     def check_data(self, datamodule: ShardDataModule) -> None:
         """Refuse a background where no label value is left for it."""
@@ -232,6 +240,8 @@ class Segmentation(Task):
         order = values.argsort(stable=True)
         self.values = values[order]
         self.texts = self.texts and self.texts[order.tolist()]
+        if self.score == "adapted" and self.texts is not None:
+            self.clusters = text_clusters(self.texts.features)
 
     def has_one_image_size(self, datamodule: ShardDataModule) -> bool:
         """Windows have one size whatever the images have."""
@@ -268,7 +278,10 @@ class Segmentation(Task):
 
     def by_cosines(self, images: list[Tensor], windows: list[list[Window]], text: Tensor) -> Choose:
         """The labels of some of the images, at a size, by the cosines of their windows."""
-        scores = window_similarities(self.backbone, images, windows, text, rest=self.rest)
+        compare = self.comparing(images, windows, text) if self.score == "adapted" else None
+        scores = window_similarities(
+            self.backbone, images, windows, text, rest=self.rest, compare=compare
+        )
 
         def choose(group: Sequence[int], size: tuple[int, int]) -> Tensor:
             return label_maps(
@@ -282,6 +295,20 @@ class Segmentation(Task):
             )
 
         return choose
+
+    def comparing(self, images: list[Tensor], windows: list[list[Window]], text: Tensor) -> Compare:
+        """RF-CLIP's comparison of windows with texts, by what their whole images show of these."""
+        seen_whole = all(len(boxes) == 1 for boxes in windows)
+        whole = None
+        if not seen_whole:
+            whole = class_similarities(self.backbone, images, text, rest=self.rest)
+
+        def compare(tokens: ImageTokens, chosen: list[int]) -> Tensor:
+            own = similarity(tokens.class_token[:, None], text)[:, 0]
+            of_image = own if whole is None else whole[chosen]
+            return adapted_scores(tokens.patch_tokens, of_image, text, self.clusters)
+
+        return compare
 
     def by_fused_scores(self, images: Tensor | list[Tensor], text: Tensor) -> Choose:
         """The same by CLIPer's score; pixels beyond the last whole patch are left out."""

@@ -5,9 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from datamodules import Shapes
 from surgery import RECIPES, Texts, load_backbone, similarity
+from surgery.adapted import adapted_scores, text_clusters
 from surgery.fused import fused_labels, fused_scores, read_layers
 from tasks.__main__ import main
 from tests.tasks.test_segmentation import label_maps, pictured
@@ -58,6 +60,33 @@ def test_the_score_of_cliper(predict, scenes, tiny, tmp_path):
     expected = fused_labels(scores, stored.shape, background=0.4, least=0.05)[0]
     assert (stored == expected.numpy()).mean() > 0.999
     assert len(np.unique(stored)) > 2
+
+
+def test_the_score_of_rf_clip_in_windows(predict, scenes, tiny, tmp_path):
+    recipe = replace(RECIPES["rf_clip"], sink_channels=(3, 40), sink_factor=3.0)
+    run = predict(
+        tmp_path / "run",
+        *("--model.backbone.attention.name=rf_clip", "--model.backbone.attention.sink_factor=3.0"),
+        *("--model.backbone.attention.sink_channels=[3,40]", "--model.score=adapted"),
+        *("--model.window=32", "--model.stride=16"),
+        task="Segmentation",
+    )
+    stored = label_maps(run)["00000007"]
+    backbone = load_backbone(tiny, attention=recipe)
+    texts = Texts.encode(backbone, Shapes.info.prompts).features
+    image = backbone.preprocess(pictured(scenes, "00000007", 48))
+    whole = similarity(backbone.encode_image(image).class_token[:, None], texts)[:, 0]
+    canvas, counts = torch.zeros(len(texts), 48, 48), torch.zeros(48, 48)
+    for y in (0, 16):
+        for x in (0, 16):
+            part = (..., slice(y, y + 32), slice(x, x + 32))
+            tokens = backbone.encode_image(image[part])
+            scores = adapted_scores(tokens.patch_tokens, whole, texts, text_clusters(texts))
+            scores = scores.transpose(1, 2).unflatten(2, tokens.grid)
+            canvas[part] += F.interpolate(scores, scale_factor=8, mode="bilinear")[0]
+            counts[part] += 1
+    large = F.interpolate((canvas / counts)[None], size=stored.shape, mode="bilinear")[0]
+    assert (stored == large.argmax(0).numpy() + 1).mean() > 0.999
 
 
 @pytest.mark.parametrize(
