@@ -7,13 +7,13 @@ mean is in `surgery.attend` and `surgery.towers._paths`. The attention pool of C
 follows the same `pairs`.
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from common.errors import InvalidSetting
+from common.nearest import did_you_mean
 
 Pair = Literal["qk", "qq", "kk", "vv", "identity", "similarity", "earlier", "near", "kk_all"]
 
@@ -339,14 +339,14 @@ def recipe_of(attention: str | Mapping[str, Any] | Recipe) -> Recipe:
         )
     row = RECIPES.get(name)
     if row is None:
-        near = difflib.get_close_matches(str(name), RECIPES, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = did_you_mean(str(name), RECIPES)
         raise InvalidSetting(f"attention={name!r}: expected one of {', '.join(RECIPES)}{hint}")
     types = get_type_hints(Recipe)
     for field, value in changes.items():
         if field not in types or field in ("large", "summary"):
-            known = ", ".join(key for key in types if key not in ("large", "summary"))
-            raise InvalidSetting(f"attention: recipes have no field {field!r} among {known}")
+            fields = [key for key in types if key not in ("large", "summary")]
+            known, hint = ", ".join(fields), did_you_mean(field, fields)
+            raise InvalidSetting(f"attention: recipes have no field {field!r} among {known}{hint}")
         changes[field] = _tuples(value)
         if not _fits(changes[field], types[field]):
             raise InvalidSetting(f"attention: {field}={value!r} is not of the type {types[field]}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import InvalidSetting
+from common.nearest import did_you_mean
 from surgery import batches, sources
 from surgery.attention import Recipe, recipe_of
 from surgery.fingerprint import Fingerprint
@@ -84,7 +85,8 @@ def load_backbone(
     """
     recipe = recipe_of(attention)
     if class_token not in ("clip", "released"):
-        raise InvalidSetting(f"class_token={class_token!r}: expected 'clip' or 'released'")
+        hint = did_you_mean(class_token, ("clip", "released"))
+        raise InvalidSetting(f"class_token={class_token!r}: expected 'clip' or 'released'{hint}")
     if static_batch is not None and static_batch < 1:
         raise InvalidSetting(f"static_batch={static_batch}: expected a number of images, 1 or more")
     weights = None if pretrained is None else str(pretrained)

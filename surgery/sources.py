@@ -3,7 +3,6 @@
 Only here are open_clip's registries read; nothing is ever written into them.
 """
 
-import difflib
 import json
 import logging
 import threading
@@ -19,6 +18,7 @@ from torch import nn
 
 from common.errors import InvalidSetting, UserError
 from common.files import file_digest
+from common.nearest import nearest
 from surgery import hugging_face, published
 from surgery.architectures import patch_size, why_not
 from surgery.checkpoints import Checkpoint, CheckpointError, load_weights, read_checkpoint
@@ -237,7 +237,7 @@ def _model_config(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if Path(model).is_file():
         return _read_config(Path(model))
     names = open_clip.list_models()
-    near = difflib.get_close_matches(model, names, n=5, cutoff=0.5)
+    near = nearest(model, names, 5)
     kind = "no such config file" if model.endswith(".json") else "no such model"
     hint = f"near: {', '.join(near)}" if near else f"open_clip knows {len(names)} names"
     raise InvalidSetting(

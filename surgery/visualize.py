@@ -1,13 +1,13 @@
 """Heat maps over images, and pictures of several; only colour maps other than jet need matplotlib."""
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from common.errors import InvalidSetting
+from common.nearest import nearest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,7 +49,7 @@ def colours(values: Tensor, colour_map: str = "jet") -> Tensor:
             "`pip install 'clip-surgery-lightning[plots]'`, or take jet"
         ) from None
     if colour_map not in colormaps:
-        near = ", ".join(get_close_matches(colour_map, colormaps) or ["viridis", "cividis", "jet"])
+        near = ", ".join(nearest(colour_map, colormaps, 3) or ["viridis", "cividis", "jet"])
         raise InvalidSetting(f"no colour map {colour_map!r}; did you mean {near}?")
     table = colormaps[colour_map](torch.linspace(0, 1, 256).numpy(), bytes=True)[:, :3]
     cells = values.float().clamp(0, 1).mul(255).round().long()

@@ -11,13 +11,13 @@ if __name__ == "__main__" and sys.path[0] != _HOME and not getattr(sys.flags, "s
     # imported in place of the real one. The script of the same name doesn't.
     del sys.path[0]
 
-import argparse  # noqa: E402
 import signal  # noqa: E402
 from importlib import import_module  # noqa: E402
 from importlib.metadata import entry_points, version  # noqa: E402
 
 from common import signals  # noqa: E402
 from common.source import source_digest  # noqa: E402
+from tasks.commands._parser import Parser  # noqa: E402
 
 COMMANDS = {
     "predict": "run a task over shards: masks, scores and metrics",
@@ -26,7 +26,8 @@ COMMANDS = {
     "compare": "runs side by side: metrics, classes, settings, images",
     "report": "look at runs: a page with maps, masks and scores, or a contact sheet",
     "reproduce": "a table or figure of the paper, our numbers beside the printed ones",
-    "list": "list models, data sets, tasks or configs",
+    "list": "list models, data sets, tasks, configs, recipes or methods",
+    "completion": "a script that lets a shell complete these commands",
 }
 
 
@@ -56,7 +57,7 @@ def run(argv: list[str]) -> int:
     # Before torch loads OpenMP: its threads would spin for milliseconds after every parallel part,
     # on cores that loader workers, or other processes of a shared machine, have a use for.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lightning",
         description="CLIP Surgery at scale: explain CLIP, segment and recognise without training.",
         epilog="lightning COMMAND --help tells more. First run: lightning predict --config demo.yaml",
@@ -72,6 +73,11 @@ def run(argv: list[str]) -> int:
     if known.command is None:
         parser.print_help()
         return 0 if not argv else 2
+    if known.command == "predict" and argv[1:] in (["-h"], ["--help"]):
+        from tasks._help import overview  # without waiting for torch
+
+        print(overview(), end="")
+        parser.exit()
     module = import_module(f"tasks.commands.{known.command}")
     code: int = module.main(argv[1:])
     return code

@@ -7,7 +7,6 @@ A config that is run is `BACKBONE_EXPERIMENT`: one file of ``configs/backbones``
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ import yaml
 
 import configs
 from common.errors import InvalidSetting
+from common.nearest import nearest
 from datamodules import DATASETS
 from tasks import TASKS
 
@@ -101,7 +101,7 @@ def read_layers(config: str | Path | Mapping[str, Any]) -> list[Layer]:
         return _layers(name, read_yaml(path), FOLDER)
     if parts := split_name(name):
         return compose(*parts, f"runs/{name}")
-    near = difflib.get_close_matches(Path(name).name, all_names(), n=4, cutoff=0.4)
+    near = nearest(Path(name).name, all_names(), 4, 0.4)
     hint = f". Did you mean {' or '.join(near)}?" if near else "."
     raise InvalidConfig(
         f"no config {str(config)!r}, neither as a file in {os.getcwd()} nor in the package{hint} "
@@ -183,7 +183,7 @@ def find_part(kind: str, name: str, folder: Path) -> Path:
             if candidate.is_file():
                 return candidate
     known = names_of(kind) if kind else []
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = nearest(name, known)
     hint = f"; did you mean {near[0]}?" if near else f". Known: {', '.join(known)}" if known else ""
     what = kind.removesuffix("s") or "file"
     raise InvalidConfig(
@@ -298,8 +298,7 @@ def find_class(section: str, name: str) -> str:
     known = CLASSES[section]
     if name in known or "." in name:
         return known.get(name, name)
-    spelled = {cls.lower(): cls for cls in known}
-    near = [spelled[n] for n in difflib.get_close_matches(name.lower(), spelled, n=2)]
+    near = nearest(name, known, 2, 0.6)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise InvalidConfig(
         f"--{section}: no {_WHAT[section]} {name!r}.{hint} Known: {', '.join(sorted(known))}"
@@ -340,7 +339,7 @@ def import_class(section: str, path: str, folder: Path | None) -> type:
         )
     cls = getattr(found, name, None)
     if cls is None:
-        near = difflib.get_close_matches(name, getattr(found, "__all__", dir(found)), n=1)
+        near = nearest(name, getattr(found, "__all__", dir(found)), cutoff=0.6)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InvalidConfig(f"{section}: {module} has no {name}{hint}")
     base = getattr(

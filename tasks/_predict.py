@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from tasks import TASKS
 from tasks._configs import (
     InvalidConfig,
     Layer,
+    find_class,
     find_part,
     fold,
     import_class,
@@ -30,6 +30,8 @@ from tasks._configs import (
     parse_yaml,
     read_layers,
 )
+from tasks._help import USAGE, about, print_fields
+from tasks._messages import in_a_line, no_field
 from tasks._progress import ImageProgress
 from tasks._protocols import with_protocol
 from tasks._ranks import Ranks, environment
@@ -38,7 +40,6 @@ from tasks.run import Run, RunError
 from tasks.run.callback import ResultWriter
 from tasks.run.processes import told_of_gathering
 
-USAGE = "lightning predict --config NAME [--model TASK] [--data DATASET] [any field below]"
 BASES: dict[str, type] = {"model": Task, "data": ShardDataModule}
 """Section -> the class that all of its classes descend from."""
 
@@ -64,15 +65,30 @@ class Predict(LightningCLI):
         layers: what configs set; later ones win.
         words: fields on a command line (``--data.batch_size 4``); they win over all layers.
         ranks: starts the processes of further devices; Lightning does without.
+        topic: print the fields of this topic and exit, see `tasks._help`; of an empty one, those of
+            the classes that are chosen.
     """
 
     writer: ResultWriter
 
     def __init__(
-        self, layers: Sequence[Layer], words: Sequence[str] = (), ranks: Ranks | None = None
+        self,
+        layers: Sequence[Layer],
+        words: Sequence[str] = (),
+        ranks: Ranks | None = None,
+        topic: str | None = None,
     ) -> None:
         self.ranks = ranks
-        wants_help = {"-h", "--help"}.intersection(words)
+        self.shown: Sequence[str] = ()
+        wants_help = topic is not None
+        if topic:
+            choice, self.shown = about(topic)
+            classes = {section: find_class(section, name) for section, name in choice.items()}
+            layers = [*layers, Layer("--help", {}, classes)]
+        elif wants_help:
+            self.shown = [s for s in BASES if any(s in layer.classes for layer in layers)]
+            self.shown = [*self.shown, "writer"]
+        self.layers = layers
         self.classes: dict[str, type] = {}
         for section, base in BASES.items():
             named = [layer for layer in layers if section in layer.classes]
@@ -96,7 +112,6 @@ class Predict(LightningCLI):
             parser_kwargs={
                 "prog": "lightning predict",
                 "usage": USAGE,
-                "description": _description(),
                 "exit_on_error": False,
                 "allow_abbrev": False,
             },
@@ -128,6 +143,9 @@ class Predict(LightningCLI):
         Raises:
             InvalidConfig: a field doesn't exist or has a wrong value; names its source.
         """
+        if self.shown:
+            print_fields(parser, self.shown)
+            parser.exit()
         fields = {action.dest for action in parser._actions}
         # Beside a field that takes a class there is FIELD.help; sections are no fields of their own.
         fields = {name for name in fields if not name.endswith(".help")}
@@ -307,14 +325,6 @@ def _put(settings: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     }
 
 
-def _description() -> str:
-    return (
-        "Run a task over shards. NAME is a packaged config (`lightning list configs`) or a file; "
-        f"TASK one of {', '.join(sorted(TASKS.values()))}; DATASET one of "
-        f"{', '.join(sorted(DATASETS.values()))}. With both named, --help shows their own fields, too."
-    )
-
-
 def _nothing_chosen(section: str, layers: Sequence[Layer]) -> str:
     if not layers:
         return (
@@ -326,64 +336,3 @@ def _nothing_chosen(section: str, layers: Sequence[Layer]) -> str:
         "data": ("data set", DATASETS),
     }[section]
     return f"no {what}: add --{section} with one of {', '.join(sorted(choices.values()))}"
-
-
-def no_field(key: str, known: set[str], mark: str = "") -> str:
-    """That a dotted field doesn't exist, and which was meant; ``mark`` stands before whole names."""
-    parent, _, name = key.rpartition(".")
-    above = f"{parent}." if parent else ""
-    beside = {k.removeprefix(above).partition(".")[0] for k in known if k.startswith(above)}
-    near = difflib.get_close_matches(name, beside, n=1)
-    if near:
-        return f"no field `{name}`; did you mean `{near[0]}`?"
-    elsewhere = sorted(k for k in known if k.rpartition(".")[2] == name)
-    elsewhere += difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-    if elsewhere:
-        return f"no field `{name}`; did you mean `{mark}{elsewhere[0]}`?"
-    there = f"{parent} has {', '.join(sorted(beside))}" if parent and beside else "--help lists all"
-    return f"no field `{name}`; {there}"
-
-
-def in_a_line(message: str, known: set[str], origin: Mapping[str, str]) -> str:
-    """What jsonargparse says at length, in a sentence.
-
-    Args:
-        message: jsonargparse's.
-        known: all fields.
-        origin: field -> what to call it, where a config set it.
-    """
-    if match := re.match(r"unrecognized arguments: (.*)", message, re.DOTALL):
-        word = match[1].split()[0]
-        if not word.startswith("--"):
-            return f"{word!r} belongs to no option"
-        option = word.partition("=")[0]
-        return f"{option}: {no_field(option.removeprefix('--'), known, '--')}"
-    if match := re.match(r"the following arguments are required: (.*)", message):
-        return f"needed: {', '.join(f'--{key}' for key in match[1].split(', '))}"
-    if match := re.match(r'(?:argument \S+: )?Parser key "([^"]+)":\s*', message):
-        key, rest = match[1], message[match.end() :]
-        name = origin.get(key, f"--{key}")
-        types = re.search(r"Subtypes: \[(.*)\]", rest) or re.search(
-            r"Expected an? (.*?)(?:\. Got value|$)", rest, re.MULTILINE
-        )
-        given = re.search(r"(?:Given value|Got value): (.*)", rest)
-        inner = re.search(r"(Option '[^']+' is not accepted)", rest)
-        if inner:
-            return f"{name}: {inner[1]}"
-        if given and (field := re.match(r"NestedArg\(key='([^']*)'", given[1])):
-            return (
-                f"--{key}.{field[1]}: --{key} has no fields until it names a class (--{key} CLASS)"
-            )
-        if types and given:
-            return f"{name}: expected {_types(types[1])}, got {given[1]!r}"
-        return f"{name}: {' '.join(rest.split())}"
-    return " ".join(message.removeprefix("argument ").split())
-
-
-def _types(text: str) -> str:
-    """Types as Python shows them, in words."""
-    text = re.sub(r"<class '([^']*)'>", r"\1", text).replace("NoneType", "null")
-    text = re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Za-z])", "", text)  # modules
-    text = re.sub(r"Literal\[([^\]]*)\]", r"\1", text)
-    types = re.split(r", (?![^\[]*\])", text)
-    return " or ".join(dict.fromkeys(types))

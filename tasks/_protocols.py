@@ -8,7 +8,6 @@ one (``--model.protocol sclip``); here it becomes a layer of settings like any o
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from common.nearest import nearest
 from datamodules._datamodule import ShardDataModule
 from tasks._configs import FOLDER, InvalidConfig, Layer, fit_sizes, names_of, parse_yaml, title
 
@@ -89,7 +89,7 @@ def check_name(name: str) -> None:
     """
     known = names_of("protocols")
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        near = nearest(name, known)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise InvalidConfig(f"--model.protocol: no {name!r}.{hint} Known: {', '.join(known)}")
     if reason := _read(FOLDER / "protocols" / f"{name}.yaml").get("refused"):

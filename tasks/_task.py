@@ -198,7 +198,8 @@ class Task(LightningModule):
 
     def networks(self) -> list[str]:
         """All networks that were loaded, and from where, in words."""
-        recipe = self.config.attention
+        given = self.config.attention
+        recipe = given if isinstance(given, str) else f"{given.get('name')} with changes"
         return [f"{self.backbone.title}, {self.backbone.checkpoint.where}, attention {recipe}"]
 
     def words(self, info: DatasetInfo) -> list[str]:

@@ -3,7 +3,6 @@
 Each has a file with a function, and a row in `METHODS`.
 """
 
-import difflib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.errors import InvalidSetting
+from common.nearest import did_you_mean
 from surgery.backbone import Backbone
 from surgery.methods import (
     bi_modal,
@@ -236,8 +236,7 @@ def check_method(name: str, options: dict[str, Any] | None = None) -> Method:
         InvalidSetting: no such method, or no such option of it.
     """
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, METHODS)
         raise InvalidSetting(f"no method {name!r} among {', '.join(METHODS)}{hint}")
     known = [
         parameter.name

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from common.errors import UserError
+from tasks.commands._parser import Parser
 
 
-def main(argv: list[str]) -> int:
-    """Run ``lightning compare``; returns the exit code."""
-    parser = argparse.ArgumentParser(
+def arguments() -> Parser:
+    """Of ``lightning compare``."""
+    parser = Parser(
         prog="lightning compare",
         description="Metrics of runs side by side, with their differences to the first one; classes by "
         "their difference; the settings that differ; and the images that the runs disagree on most.",
@@ -28,6 +28,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--classes", type=int, default=10, help="how many lines of classes are printed"
     )
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run ``lightning compare``; returns the exit code."""
+    parser = arguments()
     options = parser.parse_args(argv)
     if len(options.runs) < 2:
         parser.error("give two runs or more")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from importlib import import_module
 
@@ -10,13 +9,19 @@ import datamodules
 from datamodules import DATASETS
 from tasks import TASKS
 from tasks._configs import FOLDER, all_names, names_of, title
+from tasks.commands._parser import Parser
+
+
+def arguments() -> Parser:
+    """Of ``lightning list``."""
+    parser = Parser(prog="lightning list", description="What there is to choose from.")
+    parser.add_argument("what", choices=sorted(LISTS), help="what to list")
+    return parser
 
 
 def main(argv: list[str]) -> int:
     """Run ``lightning list``; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="lightning list", description=main.__doc__)
-    parser.add_argument("what", choices=sorted(LISTS), help="what to list")
-    for name, text in LISTS[parser.parse_args(argv).what]():
+    for name, text in LISTS[arguments().parse_args(argv).what]():
         print(f"{name:<36} {text}" if text else name)
     return 0
 

@@ -14,6 +14,7 @@ from common import signals
 from common.errors import UserError
 from common.files import raise_open_files
 from tasks._configs import InvalidConfig
+from tasks._help import help_asked
 from tasks._predict import Predict, read_words
 from tasks._ranks import Ranks
 from tasks.run.processes import leave_at_once, leave_group
@@ -24,8 +25,9 @@ def main(argv: list[str]) -> int:
     """Run ``lightning predict``; returns the exit code."""
     prepare()
     ranks = Ranks(["predict", *argv])
+    topic, words = help_asked(argv)
     try:
-        cli = Predict(*read_words(argv), ranks)
+        cli = Predict(*read_words(words), ranks, topic)
         ranks.start(cli.trainer)
         run = cli.predict()
     except (signals.Stopped, Exception) as raised:

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
+from tasks.commands._parser import Parser
 
 if TYPE_CHECKING:
     from tasks.run import Run
 
 
-def main(argv: list[str]) -> int:
-    """Run ``lightning report``; returns the exit code."""
-    parser = argparse.ArgumentParser(
+def arguments() -> Parser:
+    """Of ``lightning report``."""
+    parser = Parser(
         prog="lightning report",
         description="Write report.html into the first run's folder: what was run, its metrics, and every "
         "image with its maps, masks and scores, the worst first. Several runs of the same images stand "
@@ -48,6 +49,12 @@ def main(argv: list[str]) -> int:
     sheet.add_argument(
         "--colour-map", default="jet", help="jet, as in the paper, or another of matplotlib's"
     )
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run ``lightning report``; returns the exit code."""
+    parser = arguments()
     options = parser.parse_args(argv)
     for name in ("images", "size", "rows"):
         value = getattr(options, name)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from common import signals
 from common.errors import UserError
+from common.nearest import did_you_mean
+from tasks.commands._parser import Parser
 
 if TYPE_CHECKING:
     from tasks.reproduce.report import Reproduction
@@ -27,12 +29,11 @@ Every run is in OUTPUT/runs and goes on where it was stopped: the same command a
 $(which lightning) reproduce ..., or srun."""
 
 
-def main(argv: list[str]) -> int:
-    """Run ``lightning reproduce``; returns the exit code."""
-    from tasks.reproduce import PAPER, PLANS
-    from tasks.reproduce.report import Reproduction
+def arguments() -> Parser:
+    """Of ``lightning reproduce``."""
+    from tasks.reproduce import PLANS
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lightning reproduce",
         description="A table or figure of the paper, with our numbers beside those printed. What has no "
         "shards is named, with the command that makes them, and the rest is run.",
@@ -64,11 +65,21 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--scenes", type=int, help="of the demo world (default: 48)")
     parser.add_argument("--dry-run", action="store_true", help="list the runs, and do none")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run ``lightning reproduce``; returns the exit code."""
+    from tasks.reproduce import PAPER, PLANS
+    from tasks.reproduce.report import Reproduction
+
+    parser = arguments()
     options, words = parser.parse_known_args(argv)
     if options.name.endswith(".json"):
         return _read(Path(options.name))
     if options.name not in ("all", *PLANS):
-        parser.error(f"no {options.name!r}: there are {', '.join(PLANS)}, all, and cards (*.json)")
+        hint = did_you_mean(options.name, PLANS)
+        parser.error(f"no {options.name!r} among {', '.join(PLANS)}, all, and cards (*.json){hint}")
     if options.output is None:
         parser.error("--output: a folder is needed")
     for word in words:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import datamodules
 from common.errors import UserError
 from datamodules import DATASETS, READ_AS_THEY_ARE
+from tasks.commands._parser import Parser, Suggesting
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -20,9 +21,9 @@ CONVERTED = sorted(DATASETS.keys() - READ_AS_THEY_ARE)
 SHOWN = 20
 
 
-def main(argv: list[str]) -> int:
-    """Run ``lightning shards``; returns the exit code."""
-    overview = argparse.ArgumentParser(
+def arguments() -> Parser:
+    """Of ``lightning shards``, before the data set is known."""
+    overview = Parser(
         prog="lightning shards",
         description="Turn a data set's official layout into webdataset shards. A killed conversion "
         "is resumed by running it again. `lightning shards verify DIR` checks what was made.",
@@ -35,7 +36,12 @@ def main(argv: list[str]) -> int:
         metavar="DATASET",
         help=", ".join((*CONVERTED, "verify")),
     )
-    name = overview.parse_args(argv[:1]).dataset
+    return overview
+
+
+def main(argv: list[str]) -> int:
+    """Run ``lightning shards``; returns the exit code."""
+    name = arguments().parse_args(argv[:1]).dataset
     return check(argv[1:]) if name == "verify" else convert(name, argv[1:])
 
 
@@ -94,7 +100,7 @@ def dataset_parser(name: str) -> ArgumentParser:
     parts = [datamodule.__doc__.splitlines()[0], f"Expected in --source:\n{datamodule.layout}"]
     if datamodule.registration:
         parts.append(f"To get the official files: {datamodule.registration}")
-    parser = ArgumentParser(
+    parser = type("Parser", (Suggesting, ArgumentParser), {})(
         prog=f"lightning shards {name}",
         description="\n\n".join(parts),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -113,16 +119,21 @@ def dataset_parser(name: str) -> ArgumentParser:
     return parser
 
 
-def check(argv: list[str]) -> int:
-    """Run ``lightning shards verify``; returns the exit code."""
-    parser = argparse.ArgumentParser(
+def verify_parser() -> Parser:
+    """Arguments of ``lightning shards verify``."""
+    parser = Parser(
         prog="lightning shards verify",
         description="Check shards against their dataset.json (counts and checksums) and read every "
         "sample (images, labels, their ranges and sizes). Lists all offenders.",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the shards")
     parser.add_argument("--workers", type=int, default=None, help="processes; all cores by default")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def check(argv: list[str]) -> int:
+    """Run ``lightning shards verify``; returns the exit code."""
+    args = verify_parser().parse_args(argv)
     from datamodules._verify import verify
 
     try:

@@ -15,6 +15,7 @@ import yaml
 from datamodules import DATASETS
 from tasks import TASKS
 from tasks.__main__ import COMMANDS, main
+from tasks._help import OFTEN, SECTIONS
 
 
 def test_our_script_is_the_only_one_of_its_name():
@@ -44,22 +45,112 @@ def test_help_of_shards_loads_nothing_heavy():
     assert "torch" not in modules
 
 
-def test_help_of_predict_names_every_task_and_data_set(capsys):
-    with pytest.raises(SystemExit):
-        main(["predict", "--help"])
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in (*TASKS.values(), *DATASETS.values()))
+def test_help_of_predict_fits_a_screen_and_loads_nothing_heavy():
+    shown, modules = run_apart("predict", "--help")
+    assert all(name in shown for name in (*TASKS.values(), *DATASETS.values(), *SECTIONS))
     assert "--trainer.accelerator" in shown
+    assert len(shown.splitlines()) <= 50
+    assert max(map(len, shown.splitlines())) <= 110
+    assert "torch" not in modules
+
+
+def shown_by(capsys, *words: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", *words])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
 
 
 def test_help_with_a_task_and_a_data_set_shows_their_fields(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["predict", "--model", "Segmentation", "--data", "Images", "--help"])
-    assert stop.value.code == 0
-    shown = capsys.readouterr().out
+    shown = shown_by(capsys, "--model", "Segmentation", "--data", "Images", "--help")
     fields = ("--model.window", "--model.backbone.attention", "--data.path", "--writer.layout")
     assert all(field in shown for field in fields)
+    assert "--trainer" not in shown.partition("More:")[0]
     assert "return_predictions" not in shown  # they are never kept in memory
+
+
+@pytest.mark.parametrize(
+    ("topic", "there", "not_there"),
+    [
+        ("segmentation", "--model.window", "--data."),
+        ("Images", "--data.names", "--model."),
+        ("writer", "--writer.layout", "--data."),
+        ("trainer", "--trainer.precision", "--model."),
+    ],
+)
+def test_help_by_topic(topic, there, not_there, capsys):
+    for words in (["--help", topic], [f"--help={topic}", "--config", "demo"]):
+        shown = shown_by(capsys, *words)
+        assert f"\n  {there}" in shown
+        assert f"\n  {not_there}" not in shown
+
+
+def test_help_knows_the_fields_that_it_names(capsys):
+    words = ("--model", "Explainability", "--data", "Shapes", "--help", "all")
+    shown = shown_by(capsys, *words)
+    assert all(field.split()[0] in shown for field in OFTEN)
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        (["predct"], "predict"),
+        (["list", "confgs"], "configs"),
+        (["list", "configs", "--hepl"], "--help"),
+        (["shards", "vok"], "voc"),
+        (["shards", "voc", "--sorce", "x"], "--source"),
+        (["compare", "a", "b", "--ouput", "x"], "--output"),
+        (["metrics", "x", "--hlep"], "--help"),
+        (["reproduce", "tabel1", "--output", "x"], "table1"),
+        (["completion", "zhs"], "zsh"),
+        (["predict", "--help", "Segmentaton"], "Segmentation"),
+        (["predict", "--config=demo", "--data.resize=sqash"], "squash"),
+        (["predict", "--config=demo", "--trainer.logger=CSVLoger"], "CSVLogger"),
+        (["predict", "--config=demo", "--model.methods=[surgry]"], "surgery"),
+        (["predict", "--config=demo", "--model.order=cod"], "code"),
+    ],
+)
+def test_an_error_names_the_nearest_that_there_is(words, near, capsys):
+    try:
+        code = main(words)
+    except SystemExit as stop:
+        code = stop.code
+    assert code in (1, 2)
+    assert f"did you mean '{near}'?" in capsys.readouterr().err
+
+
+def test_completion_in_bash(tmp_path, capsys):
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "completion.bash"
+    script.write_text(capsys.readouterr().out)
+    lines = {
+        "lightning re": "reproduce",
+        "lightning predict --model Seg": "Segmentation",
+        "lightning predict --model.backbone.atten": "--model.backbone.attention",
+        "lightning predict --model.backbone.attention nac": "naclip",
+        "lightning predict --data.resize squ": "squash",
+        "lightning predict --config vit_b16_nus": "vit_b16_nus_wide",
+        "lightning shards voc --sour": "--source",
+        "lightning list met": "methods",
+    }
+    ask = """
+    source "$1"; shift
+    for line in "$@"; do
+        COMP_WORDS=($line); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); COMPREPLY=()
+        f=$(complete -p lightning | sed "s/.*-F \\([^ ]*\\).*/\\1/")
+        $f lightning "${COMP_WORDS[$COMP_CWORD]}" "${COMP_WORDS[$COMP_CWORD - 1]}"
+        echo "${COMPREPLY[0]}"
+    done"""
+    done = subprocess.run(
+        ["bash", "-c", ask, "bash", str(script), *lines], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == list(lines.values())
+
+
+def test_completion_without_shtab_says_how_to_have_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "zsh"]) == 1
+    assert "clip-surgery-lightning[completion]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -191,6 +282,7 @@ VOC = ("--config", "vit_b16_voc")
             [*VOC, "--trainer.logger.name=x"],
             "--trainer.logger has no fields until it names a class",
         ),
+        ([*VOC, "--trainer.logger=TensorBoardLogger"], "needed: --trainer.logger.save_dir"),
         ([*VOC, "photos"], "'photos' belongs to no option"),
         ([*VOC, "-x"], "'-x' belongs to no option"),
         ([*VOC, "--model", "mine.MyTask"], "no module 'mine'"),
@@ -360,7 +452,7 @@ def test_missing_shards_say_what_to_do(capsys):
     assert "--data.shards" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("what", ["configs", "datasets", "models", "recipes", "tasks"])
+@pytest.mark.parametrize("what", ["configs", "datasets", "methods", "models", "recipes", "tasks"])
 def test_lists(what, capsys):
     assert main(["list", what]) == 0
     assert len(capsys.readouterr().out.splitlines()) >= 1
