@@ -153,6 +153,8 @@ def _run(
             "--trainer.devices: one process does one run after the other; start several with torchrun "
             "--nproc-per-node N, or srun"
         )
+    for found in wanted:
+        found.words = tuple(word for word in words if not word.startswith("--trainer."))
     prepare()
     try:
         good = run_all(

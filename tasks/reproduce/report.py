@@ -27,6 +27,7 @@ class Reproduction:
         ours: cell -> our number.
         runs: cell -> name of the run that gave it.
         why: cell -> why there is no number of ours.
+        words: fields of every run that were set otherwise, as on the command line.
     """
 
     plan: Plan
@@ -35,6 +36,7 @@ class Reproduction:
     ours: dict[Cell, float] = field(default_factory=dict)
     runs: dict[Cell, str] = field(default_factory=dict)
     why: dict[Cell, str] = field(default_factory=dict)
+    words: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, plan: Plan, demo: bool) -> Reproduction:
@@ -89,6 +91,8 @@ class Reproduction:
             else "Ours (as printed; difference). `--`: no number of ours.",
             *self.plan.notes,
         ]
+        if self.words:
+            found.append(f"Every run with {' '.join(self.words)}.")
         clip = [self.ours.get(c, -1) for c in self.cells if (c.row, c.metric) == ("CLIP", "mSC")]
         if self.demo and max(clip, default=-1) > 0:
             found.append("Plain CLIP's maps of drawn scenes are not reversed, as photographs' are.")
