@@ -109,7 +109,7 @@ def window_similarities(
             pixels = backbone.preprocess(
                 torch.stack([windows[i][j].of(images[i]) for i, j in chosen])
             )
-            tokens = backbone.encode_image(_whole_patches(pixels, backbone.patch_size, rest), text)
+            tokens = backbone.encode_image(whole_patches(pixels, backbone.patch_size, rest), text)
             if compare is None:
                 values = similarity(tokens.patch_tokens, text)
             else:
@@ -137,14 +137,14 @@ def class_similarities(
     """
     found = [text.new_empty(0, len(text))]
     for image in images:
-        pixels = _whole_patches(backbone.preprocess(image[None]), backbone.patch_size, rest)
+        pixels = whole_patches(backbone.preprocess(image[None]), backbone.patch_size, rest)
         found.append(
             similarity(backbone.encode_image(pixels, text).class_token[:, None], text)[:, 0]
         )
     return torch.cat(found)
 
 
-def _whole_patches(pixels: Tensor, patch_size: tuple[int, int], rest: str) -> Tensor:
+def whole_patches(pixels: Tensor, patch_size: tuple[int, int], rest: str) -> Tensor:
     """Images [B, 3, H, W] with sides that patches divide."""
     (height, width), (rows, columns) = pixels.shape[2:], patch_size
     if rest == "drop":

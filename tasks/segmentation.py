@@ -17,11 +17,19 @@ from datamodules._datamodule import ShardDataModule
 from datamodules._samples import VOID, Batch, DatasetInfo
 from surgery import ImageTokens, similarity
 from surgery.adapted import adapted_scores, text_clusters
+from surgery.clusters import cluster_cells, correlations, one_label_a_cluster
 from surgery.fused import fused_labels, fused_scores, read_layers
 from surgery.labels import Refine, Rules, label_maps
 from surgery.prompts import find_templates
 from surgery.refine import REFINEMENTS
-from surgery.windows import Compare, Window, class_similarities, cut_windows, window_similarities
+from surgery.windows import (
+    Compare,
+    Window,
+    class_similarities,
+    cut_windows,
+    whole_patches,
+    window_similarities,
+)
 from tasks._draw import label_figure
 from tasks._protocols import check_name, find_protocol
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
@@ -85,6 +93,8 @@ class Segmentation(Task):
             ``prob_thd`` is what a map, scaled to [0, 1], has to reach.
         class_thd: of the score fused: a class whose largest value is not above it is not in the image,
             where there is a background.
+        cluster_eps: cells that correlate get one label, the commonest (CLIPtrase, of whole images):
+            neighbours in DBSCAN are not farther than this; 0.7 in its evaluation.
         attention_thd: of the score fused: values less than this share of a word's largest are 0 before
             they are spread.
     """
@@ -121,6 +131,7 @@ class Segmentation(Task):
         score: Literal["cosine", "adapted", "fused"] = "cosine",
         class_thd: float = 0.0,
         attention_thd: float = 0.2,
+        cluster_eps: float | None = None,
     ) -> None:
         super().__init__(backbone, text_features)
         if score == "fused":
@@ -134,6 +145,10 @@ class Segmentation(Task):
                     "--model.score fused is CLIPer's, of whole images: it needs "
                     f"--model.backbone.attention cliper{without}"
                 )
+        if cluster_eps is not None and (window or tile or score == "fused" or cluster_eps <= 0):
+            raise InvalidSetting(
+                "--model.cluster_eps is a distance above 0, of whole images, and not with the score fused"
+            )
         if prob_thd is not None and not 0 <= prob_thd <= 1:
             raise InvalidSetting(f"--model.prob_thd is a probability in [0, 1], got {prob_thd}")
         if area_thd is not None and not 0 <= area_thd <= 1:
@@ -171,6 +186,7 @@ class Segmentation(Task):
         self.score = score
         self.class_thd = class_thd
         self.attention_thd = attention_thd
+        self.cluster_eps = cluster_eps
         self.register_buffer("values", torch.empty(0, dtype=torch.int64), persistent=False)
         self.register_buffer("clusters", torch.empty(0, dtype=torch.int64), persistent=False)
 
@@ -284,7 +300,7 @@ class Segmentation(Task):
         )
 
         def choose(group: Sequence[int], size: tuple[int, int]) -> Tensor:
-            return label_maps(
+            labels = label_maps(
                 [scores[i] for i in group],
                 [windows[i] for i in group],
                 [(images[i].shape[1], images[i].shape[2]) for i in group],
@@ -293,8 +309,22 @@ class Segmentation(Task):
                 self.rules(),
                 self.refiner([images[i] for i in group], size),
             )
+            if self.cluster_eps is None:
+                return labels
+            pairs = zip(group, labels, strict=True)
+            return torch.stack(
+                [self.clustered(images[i], one, self.cluster_eps) for i, one in pairs]
+            )
 
         return choose
+
+    def clustered(self, image: Tensor, labels: Tensor, eps: float) -> Tensor:
+        """The labels [H,W] of an image uint8 [3,S,S'], with one for each of its clusters of cells."""
+        backbone = self.backbone
+        pixels = whole_patches(backbone.preprocess(image[None]), backbone.patch_size, self.rest)
+        (correlation,) = correlations(backbone, pixels)
+        grid = backbone.tower.grid((pixels.shape[2], pixels.shape[3]))
+        return one_label_a_cluster(labels, correlation, cluster_cells(correlation, eps), grid)
 
     def comparing(self, images: list[Tensor], windows: list[list[Window]], text: Tensor) -> Compare:
         """RF-CLIP's comparison of windows with texts, by what their whole images show of these."""

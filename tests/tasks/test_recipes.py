@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from datamodules import Shapes
 from surgery import RECIPES, Texts, load_backbone, similarity
 from surgery.adapted import adapted_scores, text_clusters
+from surgery.clusters import cluster_cells, correlations, one_label_a_cluster
 from surgery.fused import fused_labels, fused_scores, read_layers
 from tasks.__main__ import main
 from tests.tasks.test_segmentation import label_maps, pictured
@@ -62,6 +63,22 @@ def test_the_score_of_cliper(predict, scenes, tiny, tmp_path):
     assert len(np.unique(stored)) > 2
 
 
+def test_the_clusters_of_cliptrase(predict, scenes, tiny, tmp_path):
+    attention = "--model.backbone.attention=cliptrase"
+    plain, run = (
+        predict(tmp_path / name, attention, *words, task="Segmentation")
+        for name, words in (("plain", ()), ("run", ["--model.cluster_eps=0.5"]))
+    )
+    key = "00000007"
+    before, after = (torch.from_numpy(label_maps(one)[key]).long() for one in (plain, run))
+    backbone = load_backbone(tiny, attention="cliptrase")
+    image = backbone.preprocess(pictured(scenes, key, 48))
+    (correlation,) = correlations(backbone, image)
+    clusters = cluster_cells(correlation, 0.5)
+    assert clusters.max() >= 0
+    assert torch.equal(one_label_a_cluster(before, correlation, clusters, (6, 6)), after)
+
+
 def test_the_score_of_rf_clip_in_windows(predict, scenes, tiny, tmp_path):
     recipe = replace(RECIPES["rf_clip"], sink_channels=(3, 40), sink_factor=3.0)
     run = predict(
@@ -99,6 +116,7 @@ def test_the_score_of_rf_clip_in_windows(predict, scenes, tiny, tmp_path):
         ("Segmentation", [*OURS, "--model.backbone.attention.share=1"], "no field 'share'"),
         ("Segmentation", [*OURS, "--model.backbone.attention.combine=mode"], "combine='mode'"),
         ("Segmentation", ["--model.score=fused"], "--model.backbone.attention cliper"),
+        ("Segmentation", ["--model.cluster_eps=0.5", "--model.window=32"], "whole images"),
         ("Opinions", [*OURS], "class texts"),
     ],
 )
