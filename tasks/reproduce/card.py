@@ -76,6 +76,7 @@ def _of_run(run: Run) -> dict[str, Any]:
         },
         "versions": described.get("versions", {}),
         "device": described.get("device", {}),
+        "jobs": run.jobs,
     }
 
 

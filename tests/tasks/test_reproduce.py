@@ -77,6 +77,7 @@ def test_a_table_on_the_demo_world_says_whether_the_papers_ordering_holds(tmp_pa
     whole = json.loads(card.read_text())
     run = next(iter(whole["runs"].values()))
     assert run["data"]["images"] == 2
+    assert sum(job["images"] for job in run["jobs"]) == 2
     assert main(["--version"]) == 0
     assert f"(source {run['versions']['source']})" in capsys.readouterr().out
     for change, told in (
