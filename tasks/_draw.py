@@ -7,6 +7,7 @@ what is drawn; pictures are uint8 [H,W,3].
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,6 +23,26 @@ COLOURS = ((240, 90, 80), (250, 210, 40), (110, 160, 250))
 
 _SHARE = 40  # of the width is the height of a letter
 _SMALLEST = 192  # pixels: points on a smaller picture would hide it
+
+
+@dataclass(frozen=True)
+class Look:
+    """How pictures of results are drawn.
+
+    Attributes:
+        alpha: share of the colours over the image, in [0, 1].
+        colour_map: of heat, see `surgery.visualize.colours`.
+        classes: maps of so many classes an image, those with the highest similarity; None: of those that
+            have a mask.
+    """
+
+    alpha: float = 0.6
+    colour_map: str = "jet"
+    classes: int | None = None
+
+
+LOOK = Look()
+"""That of the paper."""
 
 
 def caption_strip(tokens: list[str], best: list[int], width: int) -> np.ndarray:
@@ -59,10 +80,13 @@ def enlarged(image: Tensor, size: Sequence[int]) -> Tensor:
     return large[0].clamp(0, 255).permute(1, 2, 0)
 
 
-def heat_maps(image: Tensor, maps: Tensor) -> list[np.ndarray]:
+def heat_maps(image: Tensor, maps: Tensor, look: Look = LOOK) -> list[np.ndarray]:
     """Each of some maps [P,H,W] in [0, 1] over the image."""
     picture = enlarged(image, maps.shape[-2:]).round().to(torch.uint8)
-    return [heat_map(picture, one.cpu()).numpy() for one in maps]
+    return [
+        heat_map(picture, one.cpu(), opacity=look.alpha, colour_map=look.colour_map).numpy()
+        for one in maps
+    ]
 
 
 def mark_cell(picture: np.ndarray, index: int, grid: tuple[int, int]) -> None:
@@ -74,10 +98,12 @@ def mark_cell(picture: np.ndarray, index: int, grid: tuple[int, int]) -> None:
     picture[[top, bottom - 1], left:right] = 255
 
 
-def label_colours(image: Tensor, labels: np.ndarray, palette: list[int]) -> np.ndarray:
+def label_colours(
+    image: Tensor, labels: np.ndarray, palette: list[int], look: Look = LOOK
+) -> np.ndarray:
     """A label map [H,W] in its colours over the image; palette: 256 x 3 numbers."""
     colours = np.array(palette, dtype=np.float32).reshape(-1, 3)[np.minimum(labels, VOID)]
-    mixed = 0.4 * enlarged(image, labels.shape).numpy() + 0.6 * colours
+    mixed = (1 - look.alpha) * enlarged(image, labels.shape).numpy() + look.alpha * colours
     return mixed.round().astype(np.uint8)
 
 
@@ -104,7 +130,11 @@ def legend_strip(entries: Sequence[tuple[str, Sequence[int]]], width: int) -> np
 
 
 def label_figure(
-    image: Tensor, labels: np.ndarray, palette: list[int], names: dict[int, str]
+    image: Tensor,
+    labels: np.ndarray,
+    palette: list[int],
+    names: dict[int, str],
+    look: Look = LOOK,
 ) -> np.ndarray:
     """A label map [H,W] over the image, and below it what its colours mean.
 
@@ -113,12 +143,13 @@ def label_figure(
         labels: values, of which all that occur are explained, the most frequent first.
         palette: 256 x 3 numbers.
         names: label value -> name.
+        look: how strong the colours are.
     """
     values, counts = np.unique(labels, return_counts=True)
     shown = sorted(zip(-counts, values.tolist(), strict=True))
     colours = np.array(palette).reshape(-1, 3)
     entries = [(names.get(v, str(v)), colours[min(v, VOID)].tolist()) for _, v in shown]
-    picture = label_colours(image, labels, palette)
+    picture = label_colours(image, labels, palette, look)
     return np.concatenate([picture, legend_strip(entries, picture.shape[1])])
 
 
@@ -162,7 +193,9 @@ def point_figure(
     return np.asarray(picture)
 
 
-def caption_figure(image: Tensor, values: Tensor, tokens: list[str], best: list[int]) -> np.ndarray:
+def caption_figure(
+    image: Tensor, values: Tensor, tokens: list[str], best: list[int], look: Look = LOOK
+) -> np.ndarray:
     """The picture of Fig. 11: image, map, and below them the caption with its best tokens coloured.
 
     Args:
@@ -170,7 +203,8 @@ def caption_figure(image: Tensor, values: Tensor, tokens: list[str], best: list[
         values: the map [H,W] in [0, 1].
         tokens: see `caption_strip`.
         best: see `caption_strip`.
+        look: of the heat.
     """
     picture = enlarged(image, values.shape).round().byte()
-    pair = np.concatenate([picture.numpy(), heat_map(picture, values).numpy()], axis=1)
+    pair = np.concatenate([picture.numpy(), *heat_maps(image, values[None], look)], axis=1)
     return np.concatenate([pair, caption_strip(tokens, best, pair.shape[1])])

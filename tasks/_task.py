@@ -21,6 +21,7 @@ from surgery import TEMPLATES, Backbone, ImageTokens, Texts, explain, load_backb
 from surgery.attention import recipe_of
 from surgery.methods import check_towers
 from tasks import TASKS
+from tasks._draw import LOOK, Look
 from tasks._text_features import read_text_features
 from tasks.measures import Measures
 
@@ -81,6 +82,9 @@ class Task(LightningModule):
 
     draws: bool = False
     """Whether the run wants pictures too (``--writer.overlays``)."""
+
+    look: Look = LOOK
+    """How they are drawn."""
 
     wants_originals: bool = False
     """Whether the task also reads the images at their own size (``Sample.original``)."""

@@ -26,7 +26,7 @@ from surgery.analysis import (
     strongest,
 )
 from surgery.texts import empty_text
-from tasks._draw import heat_maps, mark_cell
+from tasks._draw import Look, heat_maps, mark_cell
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks.measures._measures import label_masks
 from tasks.measures.analysis import DISTANCES, SELECTIONS, STAGES, AnalysisMeasures
@@ -136,12 +136,14 @@ class Analysis(Task):
             rows = torch.stack(
                 [inside.attention[k][0, 1 + queries[k], 1:] for k in ATTENTIONS], dim=1
             )
-            drawn.append(partial(draw_rows, rows=rows, queries=queries, grid=cosines.grid))
+            drawn.append(
+                partial(draw_rows, rows=rows, queries=queries, grid=cosines.grid, look=self.look)
+            )
         if self.affinity and inside is not None:
             values |= self._affinity(inside, positives)
         if self.redundancy:
             values["redundancy"], maps = _redundancy(cosines, size)
-            drawn.append(partial(draw_maps, maps=maps))
+            drawn.append(partial(draw_maps, maps=maps, look=self.look))
         self.measures.update(values, positives)
 
         def draw() -> Files:
@@ -220,20 +222,23 @@ def draw_rows(
     rows: Tensor,
     queries: dict[str, Tensor],
     grid: tuple[int, int],
+    look: Look,
 ) -> Files:
     """Fig. 4a: each label's rows of raw and consistent attention [P, 2, N], the query token in white."""
     drawn = {}
     for p, ending in enumerate(endings):
-        pair = heat_maps(image, similarity_map(rows[p].T[None], grid, size)[0])
+        pair = heat_maps(image, similarity_map(rows[p].T[None], grid, size)[0], look)
         for one, kind in zip(pair, ATTENTIONS, strict=True):
             mark_cell(one, int(queries[kind][p]), grid)
         drawn[f"attention.{ending}"] = np.concatenate(pair, axis=1)
     return drawn
 
 
-def draw_maps(image: Tensor, size: tuple[int, int], endings: list[str], *, maps: Tensor) -> Files:
+def draw_maps(
+    image: Tensor, size: tuple[int, int], endings: list[str], *, maps: Tensor, look: Look
+) -> Files:
     """Fig. 6: maps [2, P + 1, H, W] of labels and the empty text, plain CLIP's and the reformed."""
-    pictures = [heat_maps(image, stage) for stage in maps]
+    pictures = [heat_maps(image, stage, look) for stage in maps]
     return {
         f"redundant.{ending}": np.concatenate(
             [stage[i] for stage in pictures for i in (p, -1)], axis=1

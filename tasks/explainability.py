@@ -14,7 +14,7 @@ from common.errors import InvalidSetting
 from datamodules._samples import Batch
 from surgery import METHODS, similarity_map
 from surgery.methods import check_methods
-from tasks._draw import heat_maps
+from tasks._draw import Look, heat_maps
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks._transfer import alike, fetch, send
 from tasks.measures.explainability import ExplainabilityMeasures
@@ -148,10 +148,25 @@ class Explainability(Task):
             draw = None
             if self.draws:
                 image = batch.images[i] if sample.original is None else sample.original
-                endings = masks[i][self.methods[0]].endings()
-                draw = partial(draw_maps, image.cpu(), drawn[i], endings)
+                shown_maps, endings = drawn[i], masks[i][self.methods[0]].endings()
+                if self.look.classes is not None:
+                    shown_maps, endings = self._best_maps(similarities[i], sample.size)
+                draw = partial(draw_maps, image.cpu(), shown_maps, endings, self.look)
             results.append(ImageResult(sample.key, (ByMethod(said), facts), draw))
         return results
+
+    def _best_maps(
+        self, similarities: dict[str, Similarities], size: tuple[int, int]
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """Maps of the classes with the highest similarities by the first method, and their endings."""
+        peaks = similarities[self.methods[0]].values.max(axis=(1, 2))
+        best = np.argsort(-peaks, kind="stable")[: self.look.classes].tolist()
+        names = [self.info.classes[index] for index in best]
+        maps = {
+            f"{method}.": _maps(torch.from_numpy(of.values[best]).float(), size, self.order)
+            for method, of in similarities.items()
+        }
+        return maps, Masks(names, best, np.zeros((len(best), *size), bool)).endings()
 
 
 def _maps(scores: Tensor, size: tuple[int, int], order: Literal["code", "paper"]) -> Tensor:
@@ -165,16 +180,19 @@ def stored(method: str, scores: Tensor) -> Tensor:
     return scores.half() if METHODS[method].cosines else scores.float()
 
 
-def draw_maps(image: Tensor, maps: dict[str, Tensor], endings: list[str]) -> dict[str, np.ndarray]:
+def draw_maps(
+    image: Tensor, maps: dict[str, Tensor], endings: list[str], look: Look
+) -> dict[str, np.ndarray]:
     """Maps over their image, each named after the file of its mask.
 
     Args:
         image: see `tasks._draw`.
         maps: what names begin with, such as ``surgery.`` -> maps [P,H,W] in [0, 1].
         endings: of the files of the P masks.
+        look: how they are drawn.
     """
     return {
         f"{prefix}{ending.replace('mask.', 'map.').replace('.png', '.jpg')}": picture
         for prefix, values in maps.items()
-        for ending, picture in zip(endings, heat_maps(image, values), strict=True)
+        for ending, picture in zip(endings, heat_maps(image, values, look), strict=True)
     }

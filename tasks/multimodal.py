@@ -12,7 +12,7 @@ from surgery import Texts, feature_surgery, similarity, similarity_map
 from surgery.texts import empty_text
 from surgery.tokens import rank_tokens, readable, token_similarity, tokenise
 from surgery.towers import ImageTokens
-from tasks._draw import caption_figure
+from tasks._draw import Look, caption_figure
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks.measures.multimodal import TOP, MultimodalMeasures
 from tasks.run.results import Facts, ImageResult, Similarities, Tokens
@@ -82,9 +82,9 @@ class Multimodal(Task):
             if self.draws:
                 values = similarity_map(best_map[None, :, None], tokens.grid, sample.size)[0, 0]
                 best = order[:TOP].tolist()
-                draw = partial(
-                    draw_figure, batch.images[i].cpu(), values.cpu(), list(said.tokens), best
-                )
+                picture = batch.images[i].cpu()
+                drawn = (picture, values.cpu(), list(said.tokens), best, self.look)
+                draw = partial(draw_figure, *drawn)
             results.append(ImageResult(sample.key, answer, draw))
         return results
 
@@ -98,7 +98,7 @@ class Multimodal(Task):
 
 
 def draw_figure(
-    image: Tensor, values: Tensor, tokens: list[str], best: list[int]
+    image: Tensor, values: Tensor, tokens: list[str], best: list[int], look: Look
 ) -> dict[str, np.ndarray]:
     """The picture of Fig. 11."""
-    return {"caption.jpg": caption_figure(image, values, tokens, best)}
+    return {"caption.jpg": caption_figure(image, values, tokens, best, look)}

@@ -121,7 +121,9 @@ class Opinions(Task):
         )
         draw = None
         if self.draws:
-            draw = partial(draw_maps, image.cpu(), {"": maps.cpu()}, masks.endings())
+            first, endings = maps[: self.look.classes].cpu(), masks.endings()
+            endings = endings[: self.look.classes]  # the most frequent words come first
+            draw = partial(draw_maps, image.cpu(), {"": first}, endings, self.look)
         return ImageResult(key, results, draw)
 
     def _best_texts(self, ascent: Ascent) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from surgery.windows import (
     whole_patches,
     window_similarities,
 )
-from tasks._draw import label_figure
+from tasks._draw import Look, label_figure
 from tasks._protocols import check_name, find_protocol
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks._transfer import alike, fetch
@@ -397,12 +397,16 @@ class Segmentation(Task):
             if share
         }
         results = (LabelMap(labels, named), Facts({"views": windows}))
-        draw = partial(draw_labels, image.cpu(), labels, self.info) if self.draws else None
+        draw = None
+        if self.draws:
+            draw = partial(draw_labels, image.cpu(), labels, self.info, self.look)
         return ImageResult(key, results, draw)
 
 
-def draw_labels(image: Tensor, labels: np.ndarray, info: DatasetInfo) -> dict[str, np.ndarray]:
+def draw_labels(
+    image: Tensor, labels: np.ndarray, info: DatasetInfo, look: Look
+) -> dict[str, np.ndarray]:
     """The label map over the image, with the names of its colours."""
     names = {info.label_value(i): name for i, name in enumerate(info.classes)}
     names = {0: "background", **names}
-    return {"label.jpg": label_figure(image, labels, info.flat_palette(), names)}
+    return {"label.jpg": label_figure(image, labels, info.flat_palette(), names, look)}

@@ -91,7 +91,8 @@ def _page(runs: list[Run], options: argparse.Namespace) -> Path:
 
 
 def _sheet(runs: list[Run], options: argparse.Namespace) -> Path:
-    from tasks.report.sheet import Look, write_sheet
+    from tasks._draw import Look
+    from tasks.report.sheet import write_sheet
 
     return write_sheet(
         runs,

@@ -15,8 +15,8 @@ from torch import Tensor
 from common.errors import InvalidSetting
 from datamodules._samples import Sample
 from surgery import similarity_map
-from surgery.visualize import colours, heat_map
-from tasks._draw import enlarged, label_colours, point_figure
+from surgery.visualize import colours
+from tasks._draw import LOOK, Look, heat_maps, label_colours, point_figure
 from tasks.report.answers import Column, columns_of, together
 from tasks.report.charts import need_matplotlib
 from tasks.report.originals import Originals
@@ -27,19 +27,6 @@ from tasks.run.shard import ShardRecord, find_shard
 
 CELL = 1.6
 """Inches of a picture's side."""
-
-
-@dataclass(frozen=True)
-class Look:
-    """How heat is laid over images.
-
-    Attributes:
-        alpha: share of the colours in [0, 1].
-        colour_map: see `surgery.visualize.colours`.
-    """
-
-    alpha: float = 0.6
-    colour_map: str = "jet"
 
 
 @dataclass(frozen=True)
@@ -62,7 +49,7 @@ def write_sheet(
     shards: str | None = None,
     rows: int = 8,
     keys: Sequence[str] | None = None,
-    look: Look | None = None,
+    look: Look = LOOK,
 ) -> Path:
     """Write a contact sheet.
 
@@ -84,7 +71,6 @@ def write_sheet(
         RunError: a run is damaged, or there is nothing in it.
     """
     need_matplotlib()
-    look = look or Look()
     colours(torch.zeros(1), look.colour_map)  # refuses one that nobody knows
     output = output or runs[0].folder / "sheet.png"
     columns = columns_of(runs, names_of(runs))
@@ -184,7 +170,7 @@ def _picture(
     info = column.run.info
     if labels := image.get(LabelMap):
         under = _under(original, (labels.values.shape[0], labels.values.shape[1]))
-        return label_colours(under, labels.values, info.flat_palette())
+        return label_colours(under, labels.values, info.flat_palette(), look)
     if (points := image.get(Points, method)) and name in points.points:
         mask = None
         if points.masks and name in points.masks.names:
@@ -200,8 +186,7 @@ def _picture(
         grid, size = (values.shape[0], values.shape[1]), (height, width)
         order = column.settings.get("order", "code")
         map_ = similarity_map(values.flatten()[None, :, None], grid, size, order=order)[0, 0]
-        under = enlarged(_under(original, size), size).round().byte()
-        return heat_map(under, map_, opacity=look.alpha, colour_map=look.colour_map).numpy()
+        return heat_maps(_under(original, size), map_[None], look)[0]
     if image.pictures:
         with Image.open(io.BytesIO(next(iter(image.pictures.values())))) as drawn:
             return np.asarray(drawn.convert("RGB"))

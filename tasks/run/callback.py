@@ -23,6 +23,8 @@ from common.errors import InvalidSetting
 from common.files import is_nan
 from common.source import source_digest
 from datamodules._samples import Batch, SampleError
+from surgery.visualize import colours
+from tasks._draw import LOOK, Look
 from tasks._task import Task
 from tasks._text_features import digest_of_texts
 from tasks.measures import Report
@@ -53,6 +55,10 @@ class ResultWriter(BasePredictionWriter):
         layout: ``tar`` writes shards, ``files`` a folder of plain files in place of each.
         overlays: also write heat maps over the images (JPEG): of all, or of so many first ones of each
             shard.
+        overlay_alpha: share of the heat's colours in them, in [0, 1].
+        overlay_colours: their colour map: ``jet``, or another of matplotlib's, such as ``viridis``.
+        overlay_classes: maps of so many classes an image (words, of `Opinions`), those with the highest
+            similarity; by default of those that have a mask.
         overwrite: replace an earlier run in the folder, once this one is known to be valid.
     """
 
@@ -67,11 +73,24 @@ class ResultWriter(BasePredictionWriter):
         output: str = "runs/latest",
         layout: Literal["tar", "files"] = "tar",
         overlays: bool | int = False,
+        overlay_alpha: float = LOOK.alpha,
+        overlay_colours: str = LOOK.colour_map,
+        overlay_classes: int | None = LOOK.classes,
         overwrite: bool = False,
     ) -> None:
         super().__init__("batch")
         if overlays < 0:
             raise InvalidSetting(f"--writer.overlays: true, false or how many, got {overlays}")
+        if not 0 <= overlay_alpha <= 1:
+            raise InvalidSetting(
+                f"--writer.overlay_alpha is a share in [0, 1], got {overlay_alpha}"
+            )
+        if overlay_classes is not None and overlay_classes < 1:
+            raise InvalidSetting(
+                f"--writer.overlay_classes must be at least 1, got {overlay_classes}"
+            )
+        colours(torch.zeros(1), overlay_colours)  # refuses one that nobody knows
+        self.look = Look(overlay_alpha, overlay_colours, overlay_classes)
         self.output = Path(output)
         self.layout = layout
         self.overlays = overlays
@@ -86,7 +105,7 @@ class ResultWriter(BasePredictionWriter):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the run's folder, and tell the datamodule which shards are finished."""
         task = _task(pl_module)
-        task.draws = bool(self.overlays)
+        task.draws, task.look = bool(self.overlays), self.look
         data = task.datamodule
         self._mine = [name for name, _ in data.part_list()]
         self.tally = Tally(data.max_error_rate, len(self._mine))
@@ -117,7 +136,7 @@ class ResultWriter(BasePredictionWriter):
                 "task": {"class": type(task).__name__, **task.settings()},
                 "data": task.datamodule.settings(),
                 "texts": digest_of_texts(task.text_files()),
-                "writer": {"layout": self.layout, "overlays": self.overlays},
+                "writer": {"layout": self.layout, "overlays": self._overlays()},
                 "precision": str(task.trainer.precision),
             },
             "shards": [name for name, _ in task.datamodule.shard_list()],
@@ -126,6 +145,12 @@ class ResultWriter(BasePredictionWriter):
             **task.described(),
             "versions": {name: version(name) for name in _PACKAGES} | {"source": source_digest()},
         }
+
+    def _overlays(self) -> bool | int | dict[str, Any]:
+        """Which pictures are drawn; how, only where it is another way than always: older runs go on."""
+        if not self.overlays or self.look == LOOK:
+            return self.overlays
+        return {"of": self.overlays, **asdict(self.look)}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Now that the weights are known: check them too, and begin."""

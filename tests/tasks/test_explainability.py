@@ -5,11 +5,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from datamodules._drawing import NOUNS, draw_scene
 from datamodules.shapes import INFO
+from surgery import similarity_map
+from surgery.visualize import colours
 from tasks.__main__ import main
+from tasks.run import Run, Similarities
 from tests.tasks.conftest import TINY, members
 
 
@@ -124,6 +128,24 @@ def test_overlays_and_plain_files(predict, tmp_path):
     masks = sorted((run / "000000").glob("00000000.surgery.mask.*.png"))
     assert len(pictures) == len(masks) == len(draw_scene(5, 0, 64).nouns)
     assert Image.open(pictures[0]).size == (64, 64)
+
+
+def test_overlays_of_the_best_classes_in_other_colours(predict, command, scenes, tmp_path, capsys):
+    few = f"--data.shards={scenes}/000003.tar"
+    how = ["overlays=true", "overlay_classes=2", "overlay_colours=viridis", "overlay_alpha=1"]
+    run = predict(tmp_path / "run", few, *(f"--writer.{word}" for word in how))
+    for image in Run.load(run).images():
+        values = torch.from_numpy(image.get(Similarities).values).float()
+        best = values.amax((1, 2)).argsort(descending=True, stable=True)[:2]
+        drawn = {int(name.split(".")[2][:3]): data for name, data in image.pictures.items()}
+        assert {*drawn} == {*best.tolist()}
+        size = image.record["size"]
+        maps = similarity_map(values.flatten(1).T[None], values.shape[1:], size)[0]
+        for index, data in drawn.items():
+            picture = np.asarray(Image.open(io.BytesIO(data))).astype(int)
+            assert np.abs(picture - colours(maps[index], "viridis").numpy()).mean() < 4
+    assert main(command(run, few, "--writer.overlays=true")) == 1
+    assert "--writer.overlays" in capsys.readouterr().err
 
 
 def test_void_pixels_can_count_as_background(predict, tmp_path):
