@@ -197,6 +197,8 @@ def test_defaults_are_those_of_the_authors(expected):
         own = (recipe.similarity_block, recipe.smoothing_block, *recipe.summed_blocks)
         assert own == tuple(expected[stored])
     assert resclip.attention_blocks == tuple(expected["resclip_rcs_blocks"])
+    assert OURS["rf_clip"].sink_channels == tuple(expected["rf_clip_channels"].tolist())
+    assert OURS["rf_clip"].sink_factor == float(expected["rf_clip_params"][0])
 
 
 def test_blocks_that_there_are_not(folder):
