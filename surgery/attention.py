@@ -178,6 +178,7 @@ _BARE = replace(_LAST, residual=False, ffn=False)
 _SC_CLIP = replace(
     _BARE,
     pairs=("similarity", "kk"),
+    released_class_token="original",  # the new path has none
     similarity_block=8,
     smoothing_block=3,
     summed_blocks=(3, 10),
@@ -190,6 +191,7 @@ _SC_CLIP_LARGE = replace(
 _RF_CLIP = replace(
     _BARE,
     pairs=("kk_all",),
+    released_class_token="original",  # the new path has none
     summary="RF-CLIP (liblacklucy/RF-CLIP) as released: k-k of all blocks, sink cells toned down",
 )
 

@@ -1,5 +1,6 @@
 """Every image tower that open_clip lists: explained as the library's own forward, or refused by name."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -14,6 +15,7 @@ from timm.models.vitamin import VitCfg, VitConvCfg
 
 from common.errors import InvalidSetting
 from surgery import RECIPES, Recipe, explain, load_backbone
+from surgery.analysis import look_inside
 from surgery.architectures import patch_size, why_not
 from surgery.texts import Texts
 from surgery.towers import OpenClipViT, ResNet
@@ -207,6 +209,9 @@ def test_recipes_are_defined_or_refused(name, pooling, build, images):
             close(tokens.class_token, plain.class_token)
         with torch.inference_mode():  # where it writes in place
             close(reader.encode_image(pictures, text).patch_tokens, tokens.patch_tokens)
+    exact = copy.deepcopy(backbone).double().encode_image(pictures.double())
+    close(exact.patch_tokens.float(), backbone.encode_image(pictures).patch_tokens)
+    assert exact.class_token.dtype == torch.float64
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         rounded = backbone.encode_image(pictures)
     close(rounded.patch_tokens, backbone.encode_image(pictures).patch_tokens, 5e-2)
@@ -250,10 +255,25 @@ def test_methods_that_read_a_class_token_need_one(name, build, images):
             assert explain(backbone, pictures, texts, method=method).max() > 0
         with pytest.raises(InvalidSetting, match="'plrp' is defined for a ViT of open_clip's own"):
             explain(backbone, pictures, texts, method="plrp")
+        assert look_inside(backbone, pictures).attention["raw"].shape == (2, 7, 7)
     else:
         for method in ("bi_modal", "legrad", "gscorecam"):
             with pytest.raises(InvalidSetting, match=f"'{method}'"):
                 explain(backbone, pictures, texts, method=method)
+        with pytest.raises(InvalidSetting, match="add to the class token; this image tower makes"):
+            look_inside(backbone, pictures)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_released_class_token_is_none_of_a_patch(recipe, build, images):
+    row = replace(RECIPES[recipe], large=None, sink_channels=())
+    if row.attention_blocks:
+        row = replace(row, attention_blocks=(0, 1))
+    if row.similarity_block:
+        row = replace(row, similarity_block=0, smoothing_block=0, summed_blocks=(0, 1))
+    backbone = build("ViT-M-16-alt", class_token="released").with_attention(row)
+    tokens = backbone.encode_image(images(backbone), torch.randn(3, backbone.embed_dim))
+    assert not torch.allclose(tokens.class_token, tokens.patch_tokens[:, 0], rtol=1e-3)
 
 
 def test_blocks_with_norms_of_their_own(tmp_path, images):
