@@ -18,7 +18,7 @@ from torch import nn
 
 from common.errors import InvalidSetting, UserError
 from common.files import file_digest
-from common.nearest import nearest
+from common.nearest import did_you_mean, nearest
 from surgery import hugging_face, published
 from surgery.architectures import patch_size, why_not
 from surgery.checkpoints import Checkpoint, CheckpointError, load_weights, read_checkpoint
@@ -341,5 +341,6 @@ def _unknown_weights(model: str, pretrained: str) -> CheckpointError:
     tags = open_clip.list_pretrained_tags_by_model(model)
     known = f"{model} has the tags {', '.join(tags)}" if tags else f"{model} has no tags"
     return CheckpointError(
-        f"pretrained={pretrained!r} is neither a tag of the model nor a file. {known}."
+        f"pretrained={pretrained!r} is neither a tag of the model nor a file. {known}"
+        f"{did_you_mean(pretrained, tags) or '.'}"
     )

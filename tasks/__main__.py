@@ -16,6 +16,7 @@ from importlib import import_module  # noqa: E402
 from importlib.metadata import entry_points, version  # noqa: E402
 
 from common import signals  # noqa: E402
+from common.errors import UserError  # noqa: E402
 from common.source import source_digest  # noqa: E402
 from tasks.commands._parser import Parser  # noqa: E402
 
@@ -79,7 +80,15 @@ def run(argv: list[str]) -> int:
         print(overview(), end="")
         parser.exit()
     module = import_module(f"tasks.commands.{known.command}")
-    code: int = module.main(argv[1:])
+    try:
+        code: int = module.main(argv[1:])
+    except BrokenPipeError:
+        raise
+    except (UserError, OSError) as error:  # a file or a folder that can't be read or written
+        if os.environ.get("CLIP_SURGERY_TRACEBACK"):
+            raise
+        print(f"lightning {known.command}: {error}", file=sys.stderr)
+        return 1
     return code
 
 

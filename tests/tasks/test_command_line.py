@@ -108,6 +108,15 @@ def test_help_knows_the_fields_that_it_names(capsys):
         (["predict", "--config=demo", "--trainer.logger=CSVLoger"], "CSVLogger"),
         (["predict", "--config=demo", "--model.methods=[surgry]"], "surgery"),
         (["predict", "--config=demo", "--model.order=cod"], "code"),
+        (
+            [
+                "predict",
+                "--config=demo",
+                "--model.backbone.model=ViT-B-16",
+                "--model.backbone.pretrained=opnai",
+            ],
+            "openai",
+        ),
     ],
 )
 def test_an_error_names_the_nearest_that_there_is(words, near, capsys):
@@ -423,6 +432,15 @@ def test_a_hub_that_cannot_be_reached_is_told_in_a_sentence(tmp_path, monkeypatc
     assert main(["predict", "--config", "images", *words]) == 1
     message = capsys.readouterr().err
     assert "Without a connection, give the path of a weights file" in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_place_that_can_not_be_written_is_told_in_a_line(finished, capsys):
+    where = f"{__file__}/there"
+    assert main(["compare", str(finished), str(finished), "--images=0", f"--output={where}"]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("lightning compare: ")
+    assert where in message
     assert len(message.splitlines()) == 1
 
 
