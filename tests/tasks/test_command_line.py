@@ -133,7 +133,7 @@ def test_completion_in_bash(tmp_path, capsys):
     script = tmp_path / "completion.bash"
     script.write_text(capsys.readouterr().out)
     lines = {
-        "lightning re": "reproduce",
+        "lightning repr": "reproduce",
         "lightning predict --model Seg": "Segmentation",
         "lightning predict --model.backbone.atten": "--model.backbone.attention",
         "lightning predict --model.backbone.attention nac": "naclip",
