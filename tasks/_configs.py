@@ -31,7 +31,7 @@ CLASSES = {
 """Section of a config -> class name -> class path."""
 SHORT = {"voc": "voc_explainability", "pascal_context": "pascal_context_segmentation"}
 """Names from before a data set had several tasks -> the experiments they stand for."""
-_OWN_SIZE = 224
+OWN_SIZE = 224
 _WHAT = {"model": "task", "data": "data set"}
 
 
@@ -153,7 +153,7 @@ def fit_sizes(fields: dict[str, Any], model: Any) -> None:
     tile, size = task.get("tile"), data.get("image_size")
 
     def fit(side: int) -> int:
-        return own if side == _OWN_SIZE else -(-side // patch) * patch
+        return own if side == OWN_SIZE else -(-side // patch) * patch
 
     def fit_image(side: int) -> int:
         return side // tile * fit(tile) if tile and side % tile == 0 else fit(side)

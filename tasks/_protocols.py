@@ -19,7 +19,18 @@ import yaml
 
 from common.nearest import nearest
 from datamodules._datamodule import ShardDataModule
-from tasks._configs import FOLDER, InvalidConfig, Layer, fit_sizes, names_of, parse_yaml, title
+from surgery.sources import input_sizes
+from tasks._configs import (
+    FOLDER,
+    OWN_SIZE,
+    InvalidConfig,
+    Layer,
+    fit_sizes,
+    names_of,
+    parse_yaml,
+    title,
+)
+from tasks._task import DEFAULT_BACKBONE
 
 SETS: Mapping[tuple[str, bool], str] = {
     ("VOC", True): "voc21",
@@ -30,8 +41,17 @@ SETS: Mapping[tuple[str, bool], str] = {
     ("COCOStuff", False): "coco_stuff",
     ("Cityscapes", False): "cityscapes",
     ("ADE20K", False): "ade20k",
+    ("Shapes", True): "voc21",
+    ("Shapes", False): "voc20",
 }
-"""DataModule, and whether the background is a class -> what the field calls that."""
+"""DataModule, and whether the background is a class -> what the field calls that.
+
+The drawn world stands for VOC, in its own words and with sizes in proportion to what the network was
+trained at.
+"""
+
+_DRAWN = "Shapes"
+_SIDES = ("data.image_size", "model.tile", "model.window", "model.stride")
 
 
 @dataclass(frozen=True)
@@ -44,6 +64,7 @@ class Protocol:
         fields: dotted name -> value of everything that the evaluation fixes.
         source: repository, file and commit that say so.
         differs: what of the evaluation is otherwise here, in sentences.
+        drawn: whether the drawn world stands for the data set.
     """
 
     name: str
@@ -51,13 +72,19 @@ class Protocol:
     fields: Mapping[str, Any]
     source: str
     differs: Sequence[str] = field(default_factory=tuple)
+    drawn: bool = False
 
     def fitted(self, model: str | None) -> dict[str, Any]:
-        """The fields, with sizes that fit a tower where images are not of their own size anyway."""
-        fields = nested(self.fields)
-        if model and self.fields["data.resize"] == "squash":
-            fit_sizes(fields, model)
-        return fields
+        """The fields, with sizes that fit a tower where images are squashed anyway."""
+        fields = dict(self.fields)
+        if self.drawn:
+            fields["data.synonyms"] = "none"
+            own = input_sizes(model)[0] if model else OWN_SIZE
+            fields |= {n: fields[n] * own // OWN_SIZE for n in _SIDES if fields[n] is not None}
+        found = nested(fields)
+        if model and not self.drawn and fields["data.resize"] == "squash":
+            fit_sizes(found, model)
+        return found
 
     def departures(self, task: Any, datamodule: ShardDataModule) -> dict[str, dict[str, Any]]:
         """Fields that a run has otherwise: dotted name -> the protocol's value, and the run's."""
@@ -113,7 +140,7 @@ def find_protocol(
     read = _read(FOLDER / "protocols" / f"{name}.yaml")
     if background is None:
         background = bool(datamodule.info.background_words)
-    dataset = SETS.get((datamodule.__name__, background), "")
+    dataset, drawn = SETS.get((datamodule.__name__, background), ""), datamodule.__name__ == _DRAWN
     if dataset not in read["sets"]:
         words = " with a background" if background else " without a background"
         raise InvalidConfig(
@@ -122,9 +149,8 @@ def find_protocol(
         )
     own = dict(read["sets"][dataset])
     source = f"{read['repository']} {own.pop('file')} {read['commit']}"
-    return Protocol(
-        name, dataset, {**read["every"], **own}, source, tuple(read.get("differs") or ())
-    )
+    fields = {**read["every"], **own}
+    return Protocol(name, dataset, fields, source, tuple(read.get("differs") or ()), drawn)
 
 
 def with_protocol(
@@ -145,6 +171,7 @@ def with_protocol(
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     options.add_argument("--model.protocol", dest="protocol")
     options.add_argument("--data.background", dest="background")
+    options.add_argument("--model.backbone.model", dest="tower")
     given = vars(options.parse_known_args(list(words))[0])
     said = [layer.fields.get("model") or {} for layer in layers]
     places = [i for i, fields in enumerate(said) if "protocol" in fields]
@@ -160,9 +187,10 @@ def with_protocol(
     if given["background"]:
         background = parse_yaml(given["background"], "--data.background")
     protocol = find_protocol(str(name), classes["data"], background)
-    tower = None
+    tower = DEFAULT_BACKBONE.model
     for fields in said:
         tower = (fields.get("backbone") or {}).get("model", tower)
+    tower = given["tower"] or tower
     layer = Layer(f"protocol {protocol.name}", protocol.fitted(tower))
     return [*layers[:place], layer, *layers[place:]]
 

@@ -219,7 +219,9 @@ class Segmentation(Task):
         return {
             "protocol": {
                 "name": found.name,
-                "dataset": found.dataset,
+                "dataset": f"{data.info.name}, as {found.dataset}"
+                if found.drawn
+                else found.dataset,
                 "source": found.source,
                 "departs": found.departures(self, data),
                 "differs": list(found.differs),

@@ -19,9 +19,10 @@ EPILOG = """NAME may also be a card that a reproduction wrote (NAME.card.json): 
 as a table.
 
 DIR of --data-root has a folder of shards for each data set, as `lightning shards` makes them: voc,
-pascal_context, coco, imagenet_s, coco_stuff, cityscapes, nus_wide. For TaI-DPT (Table 6) the features of
-its learned prompts lie there as global.safetensors and local.safetensors, for SAM (Figure 10) give
---model.sam. --dry-run says what is missing, and the command that makes it.
+pascal_context, coco, imagenet_s, coco_stuff, cityscapes, nus_wide, and for `family` coco_object and
+ade20k. For TaI-DPT (Table 6) the features of its learned prompts lie there as global.safetensors and
+local.safetensors, for SAM (Figure 10) give --model.sam. --dry-run says what is missing, and the command
+that makes it.
 
 Every run is in OUTPUT/runs and goes on where it was stopped: the same command again. Any field of
 `lightning predict` may follow as --SECTION.FIELD=VALUE and holds for every run, for example
@@ -35,7 +36,8 @@ def arguments() -> Parser:
 
     parser = Parser(
         prog="lightning reproduce",
-        description="A table or figure of the paper, with our numbers beside those printed. What has no "
+        description="A table or figure of the paper, or `family`, the field of training-free "
+        "segmentation on eight data sets, with our numbers beside those printed. What has no "
         "shards is named, with the command that makes them, and the rest is run.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

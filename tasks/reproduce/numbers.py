@@ -1,6 +1,7 @@
 """Numbers that papers print, kept in csv files of this package, one number a line.
 
-``paper.csv`` has every number of the paper's Tables 1 to 6 and three from its text (without a table).
+``paper.csv`` has every number of the paper's Tables 1 to 6 and three from its text (without a table),
+``family.csv`` those that methods of training-free segmentation print of themselves.
 """
 
 from __future__ import annotations

@@ -82,6 +82,7 @@ class Plan:
         beside: tables and plots of its run that are laid beside it.
         bars: metrics that are drawn as bars, a group a data set and a bar a row.
         sheet: pictures of its run that are laid beside it on one sheet.
+        costs: whether seconds an image and memory are told, too.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Plan:
     beside: tuple[str, ...] = ()
     bars: tuple[str, ...] = ()
     sheet: Sheet | None = None
+    costs: bool = False
 
     def demo_cells(self) -> list[Cell]:
         """Its rows on the demo world: each method, setting and metric once."""

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from common.files import csv_text, write_atomically
 from tasks.reproduce.card import make_card
 from tasks.reproduce.plan import Cell, Plan
 from tasks.run import Run
 from tasks.run.compare import Side
+
+_SPENT = ("seconds_an_image", "peak_memory_mib")
+
+
+def _cost(jobs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """What the jobs of a run took: for an image, of one process; and at the most."""
+    seconds = sum(job["seconds"] * job["processes"] for job in jobs)
+    peaks = [job["peak_memory_mib"] for job in jobs if job.get("peak_memory_mib") is not None]
+    values = (seconds / sum(job["images"] for job in jobs), max(peaks, default=None))
+    return dict(zip(_SPENT, values, strict=True))
 
 
 @dataclass
@@ -28,6 +39,7 @@ class Reproduction:
         runs: cell -> name of the run that gave it.
         why: cell -> why there is no number of ours.
         words: fields of every run that were set otherwise, as on the command line.
+        costs: cell -> seconds an image of one process, and memory, of its run.
     """
 
     plan: Plan
@@ -37,6 +49,7 @@ class Reproduction:
     runs: dict[Cell, str] = field(default_factory=dict)
     why: dict[Cell, str] = field(default_factory=dict)
     words: tuple[str, ...] = ()
+    costs: dict[Cell, dict[str, float | None]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan, demo: bool) -> Reproduction:
@@ -55,6 +68,8 @@ class Reproduction:
             else:
                 self.ours[cell] = float(value)
                 self.runs[cell] = name
+                if self.plan.costs and (jobs := run.jobs):
+                    self.costs[cell] = _cost(jobs)
         self.ours |= self.plan.derive(self.cells, self.ours)
 
     def table(self) -> Side:
@@ -70,6 +85,21 @@ class Reproduction:
             [(*key, *(row.get(column, "") for column in columns)) for key, row in rows.items()],
         )
 
+    def cost_table(self) -> Side:
+        """A row for each method and backbone, its seconds an image and memory for each data set."""
+        columns = list(dict.fromkeys(cell.data for cell in self.costs))
+        rows: dict[tuple[str, str, str], dict[str, str]] = {}
+        for cell, cost in self.costs.items():
+            peak = cost["peak_memory_mib"]
+            memory = "" if peak is None else f", {peak} MiB"
+            row = rows.setdefault((cell.row, cell.setting, cell.backbone), {})
+            row[cell.data] = f"{cost['seconds_an_image']:.4g} s{memory}"
+        return Side(
+            f"{self.plan.name}, seconds an image of one process and its peak of memory",
+            ("row", "setting", "backbone", *columns),
+            [(*key, *(row.get(column, "") for column in columns)) for key, row in rows.items()],
+        )
+
     def _shown(self, cell: Cell) -> str:
         ours = f"{100 * self.ours[cell]:.2f}" if cell in self.ours else "--"
         if cell.paper is None:
@@ -80,6 +110,8 @@ class Reproduction:
     def print(self) -> None:
         """Show the table and what has to be said of it in a terminal."""
         print(f"\n{self.plan.name}: {self.plan.title}\n{self.table().text()}\n")
+        if self.costs:
+            print(f"{self.cost_table().text()}\n")
         print(*self.notes(), sep="\n")
 
     def notes(self) -> list[str]:
@@ -152,13 +184,16 @@ class Reproduction:
         """Write ``NAME.md``; all digits and the runs' names as ``NAME.csv``; ``NAME.card.json``."""
         folder.mkdir(parents=True, exist_ok=True)
         notes = "\n".join(f"- {note}" for note in self.notes())
-        text = f"{self.table().markdown()}\n\n{notes}\n"
+        costs = f"{self.cost_table().markdown()}\n\n" if self.costs else ""
+        text = f"{self.table().markdown()}\n\n{costs}{notes}\n"
         write_atomically(folder / f"{self.plan.name}.md", text)
         rows = []
         for cell in self.cells:
             ours = self.ours.get(cell)
             known = ours is not None and cell.paper is not None
-            values = (ours, cell.paper, ours - cell.paper if known else None)  # type: ignore[operator]  # both are numbers
+            cost = self.costs.get(cell, {})
+            spent = [cost.get(name) for name in _SPENT] if self.plan.costs else []
+            values = (ours, cell.paper, ours - cell.paper if known else None, *spent)  # type: ignore[operator]  # both are numbers
             rows.append(
                 (
                     *(cell.row, cell.setting, cell.backbone, cell.data, cell.metric),
@@ -167,7 +202,7 @@ class Reproduction:
                 )
             )
         columns = ("row", "setting", "backbone", "data", "metric", "ours", "paper", "difference")
-        more = ("source", "run", "why_not")
+        more = (*(_SPENT if self.plan.costs else ()), "source", "run", "why_not")
         write_atomically(folder / f"{self.plan.name}.csv", csv_text((*columns, *more), rows))
         card = make_card(self.plan, self.demo, self.ours, self.runs, folder / "runs")
         text = json.dumps(card, indent=1, ensure_ascii=False)

@@ -20,6 +20,8 @@ from tasks.run import Run
 
 log = logging.getLogger(__name__)
 
+_OF_KNOWN_CHANNELS = ("rf_clip", "rf_clip_refocused")
+
 
 def run_all(
     wanted: Sequence[Reproduction],
@@ -105,6 +107,8 @@ def missing(job: Job, data_root: Path, demo: bool = False) -> str | None:
 
     learned = [value for value in map(str, job.fields.values()) if value.endswith(".safetensors")]
     if demo:
+        if job.fields.get("model.backbone.attention") in _OF_KNOWN_CHANNELS:
+            return "which channels sink is known of OpenAI's towers only, not of the demo's"
         return "the demo has no learned prompts" if learned else None
     folder = data_root / job.shards
     if not tars_in(str(folder)):

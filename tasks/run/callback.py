@@ -30,6 +30,7 @@ from tasks._text_features import digest_of_texts
 from tasks.measures import Report
 from tasks.run.errors import RunError
 from tasks.run.folder import Run
+from tasks.run.memory import peak, reset_peak
 from tasks.run.processes import Processes
 from tasks.run.results import ImageResult
 from tasks.run.shard import OutputShard, ShardRecord, find_shard, load_states
@@ -166,6 +167,7 @@ class ResultWriter(BasePredictionWriter):
             self.run.accept(self._mine, more, self.config)
             log.info("%s", _describe_run(task, more["device"]["name"]))
         self._processes.wait()  # nobody may publish into a folder that rank 0 refuses
+        reset_peak(trainer.strategy.root_device)
         self._began = datetime.now(timezone.utc)
 
     def write_on_batch_end(
@@ -259,21 +261,23 @@ class ResultWriter(BasePredictionWriter):
                     self.tally.add(record.images, len(record.errors))
                 elif record:
                     self.tally.lose(record)
-            self._note_job(found, trainer.world_size)
+            self._note_job(found, trainer)
             self._tell_loggers(trainer.loggers, report)
 
-    def _note_job(self, found: Mapping[str, ShardRecord | SampleError], processes: int) -> None:
-        """Write down how long this job took, from its first batch on, for how many images."""
+    def _note_job(self, found: Mapping[str, ShardRecord | SampleError], trainer: Trainer) -> None:
+        """Write down how long this job took, from its first batch on, for how many images, and memory."""
         new = [found.get(name) for name in self._mine if name not in self.run.finished]
         records = [record for record in new if isinstance(record, ShardRecord)]
         if records:
             seconds = (datetime.now(timezone.utc) - self._began).total_seconds()
+            most = peak(trainer.strategy.root_device)
             self.run.note_job(
                 {
                     "began": self._began.isoformat(timespec="seconds"),
                     "seconds": round(seconds, 3),
                     "images": sum(record.images for record in records),
-                    "processes": processes,
+                    "processes": trainer.world_size,
+                    "peak_memory_mib": None if most is None else round(most / 2**20),
                 }
             )
 

@@ -135,7 +135,8 @@ class Run:
     def jobs(self) -> list[dict[str, Any]]:
         """The jobs that made the run: ``began`` (UTC), ``seconds``, ``images`` and ``processes`` of each.
 
-        Those that were killed are not among them.
+        ``peak_memory_mib`` is that of the first process, of the GPU where it has one. Jobs that were
+        killed are not among them.
         """
         try:
             lines = (self.folder / JOBS).read_text().splitlines()

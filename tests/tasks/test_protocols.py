@@ -108,7 +108,7 @@ def test_the_papers_sizes_follow_the_tower_and_null_is_no_protocol(capsys):
     [
         (["--model.protocol=slcip"], "Did you mean sclip?"),
         (["--model.protocol=cliptrase"], "is not offered: it scores a centre crop"),
-        (["--model.protocol=sclip", "--data", "Shapes"], "says nothing of Shapes"),
+        (["--model.protocol=sclip", "--data", "ImageNetS"], "says nothing of ImageNetS"),
     ],
 )
 def test_what_is_no_protocol_of_the_data_is_refused(words, message, capsys):

@@ -10,9 +10,11 @@ import pytest
 from tasks.__main__ import main
 from tasks.reproduce import PLANS
 from tasks.reproduce.card import read_card
+from tasks.reproduce.numbers import numbers
 from tasks.reproduce.plan import jobs
 from tasks.reproduce.report import Reproduction
 from tasks.reproduce.runs import processes
+from tasks.run import Run
 
 METHOD = {
     "CLIP": "clip",
@@ -207,3 +209,44 @@ def test_mistyped_words_are_told(tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             reproduce("table1", tmp_path, *words)
         assert told in capsys.readouterr().err
+
+
+def test_the_field_each_under_its_own_protocol_and_under_one(tmp_path, capsys):
+    methods = ["SCLIP", "NACLIP + PAMR", "RF-CLIP"]
+    words = ["--demo", "--scenes=1", "--methods", *methods, *QUIET]
+    assert reproduce("family", tmp_path, *words) == 0
+    said = capsys.readouterr().out
+    assert "Not run: RF-CLIP own protocol demo" in said
+    found = {(row["row"], row["setting"]): row for row in rows(tmp_path, "family")}
+    assert found["SCLIP", "own protocol"]["run"] == found["SCLIP", "protocol sclip"]["run"]
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+    for key in (("SCLIP", "own protocol"), ("NACLIP + PAMR", "protocol sclip")):
+        run = json.loads((tmp_path / "runs" / found[key]["run"] / "run.json").read_text())
+        (job,) = Run.load(tmp_path / "runs" / found[key]["run"]).jobs
+        assert float(found[key]["seconds_an_image"]) == job["seconds"] > 0
+        assert 0 <= float(found[key]["ours"]) <= 1
+        assert (
+            run["identity"]["task"]["window"] == 96
+        )  # the demo network's own, as 224 is ViT-B/16's
+    assert run["protocol"]["dataset"] == "shapes, as voc20"
+    assert run["protocol"]["departs"] == {"model.refine": {"protocol": None, "run": "pamr"}}
+    assert len(json.loads((tmp_path / "family.card.json").read_text())["cells"]) == 4
+
+
+def test_what_the_field_prints_of_itself_has_a_source_and_a_mean():
+    plan = PLANS["family"]
+    cells = plan.cells()
+    printed = [cell for cell in cells if cell.paper is not None]
+    assert len(printed) == len(numbers("family.csv"))
+    assert all(cell.source for cell in printed)
+    own = [c for c in cells if c.setting == "own protocol" and c.row == "SC-CLIP"]
+    assert {(c.backbone, c.reading.options[1]) for c in own if c.reading} == {
+        ("vit_b16", "--model.protocol=sc_clip"),
+        ("vit_l14", "--model.protocol=sc_clip_l14"),
+    }
+    eight = [c for c in own if c.reading and c.backbone == "vit_b16"]
+    assert len(eight) == 8
+    (mean,) = (c for c in own if c.derived and c.backbone == "vit_b16")
+    values = {cell: i / 10 for i, cell in enumerate(eight)}
+    assert plan.derive(cells, values) == {mean: pytest.approx(0.35)}
+    assert plan.derive(cells, dict(list(values.items())[1:])) == {}
