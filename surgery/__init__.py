@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from surgery.attention import RECIPES, Recipe
+    from surgery.attention import RECIPES
     from surgery.backbone import Backbone, load_backbone
     from surgery.explainer import Explainer
     from surgery.explanation import Explanation
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     )
     from surgery.methods import METHODS, explain
     from surgery.prompts import TEMPLATES, encode_prompts
+    from surgery.recipe import Recipe
     from surgery.texts import Texts
     from surgery.towers import ImageTokens
 
 _HOMES = {
     "RECIPES": "attention",
-    "Recipe": "attention",
+    "Recipe": "recipe",
     "Backbone": "backbone",
     "load_backbone": "backbone",
     "Explainer": "explainer",

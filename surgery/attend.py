@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surgery.attention import Recipe
 from surgery.precision import widen
+from surgery.recipe import Recipe
 
 
 def attend(

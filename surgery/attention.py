@@ -1,4 +1,4 @@
-"""What each training-free method changes in CLIP's image tower, as data.
+"""What each training-free method changes in CLIP's image tower, as data: one row each.
 
 All of them share one shape. The last blocks of a ViT get a second, *new* path of tokens that
 starts as a copy of their input; its patch tokens, after the last norm and projection, are what
@@ -8,309 +8,128 @@ follows the same `pairs`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import fields, replace
+from typing import Any
 
 from common.errors import InvalidSetting
 from common.nearest import did_you_mean
-
-Pair = Literal["qk", "qq", "kk", "vv", "identity", "similarity", "earlier", "near", "kk_all"]
-
-SINK_CHANNELS = {
-    768: (4, 162, 189, 326, 429, 474, 633, 713),
-    1024: (250, 261, 437, 650, 720, 779, 936, 1005),
-}
-"""Width of a network -> channels that RF-CLIP names for it: of ViT-B/16 and ViT-L/14."""
-
-_LARGE = 24
-"""Blocks of ViT-L."""
+from surgery.recipe import LARGE, Recipe, changed
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How the new path of the reformed blocks is computed.
-
-    Attributes:
-        pairs: which projections attend to which, one softmax(a . b / sqrt(d_head)) each; "identity"
-            lets every token see itself only; "near" is the softmax of the bias of `neighbour_std` alone,
-            times the mean lengths of queries and keys / sqrt(d_head); "similarity" is made of another
-            block's cells (see `similarity_block`), "earlier" of earlier attention (see
-            `attention_blocks`); "kk_all" is the mean of k-k over all blocks, among cells, on the way of
-            RF-CLIP (`towers._paths.AllBlocksPath`). No pairs: no new path, plain CLIP.
-        summary: what the method is, in a line.
-        combine: several softmaxes are averaged or summed (SCLIP's rows sum to 2), or these are their
-            weights.
-        blocks: how many of the last blocks are reformed; None: what `load_backbone` was asked for.
-        reads: the new path attends over ln_1 of the original path ("original"; dual path) or over
-            its own tokens ("itself"; a single path, beside which the original one only serves the
-            class token).
-        residual: keep the skip connection of the attention.
-        ffn: keep the feed-forward part; "only": the new path takes nothing but what the original path's
-            feed-forward parts add, and pairs play no part (it has to be a ViT).
-        cosine_scale: the projections are scaled to unit length, so that the logits are cosines times
-            this / sqrt(d_head); None: their products as they are.
-        iterations: rounds of self-clustering before the values are read (GEM, Section 3.2): the
-            projections are scaled to unit length, attend among themselves, and so on; the logits
-            are then cosines times the mean length of the block's input / sqrt(d_head).
-        neighbour_std: a Gaussian of this standard deviation, in cells, is added to the logits
-            between patches (NACLIP); None: no bias.
-        alignment_rounds: Newton-Schulz rounds by which the keys are turned towards the queries (PEARL),
-            see `attend.aligned`; None: exactly, by an SVD; 0: they are not turned. The centred keys' own
-            products are added to the logits, times `alpha`.
-        alpha: of the above.
-        similarity_block: M are the cosines of the cells that leave this block, counted from 0. The cells
-            of the new path are averaged by M before the last block's attention, and "similarity" is
-            softmax(3 (M - mean M)) over what is above the mean (SC-CLIP, SFP). It has to be a ViT.
-        floored: similarities below 0.4 are 0 in "similarity" too, and not only in the averages.
-        smoothing_block: the cells of this one, from 0, are what the averages after the attention are
-            taken by.
-        summed_blocks: first and past the last block, the sum of whose tokens takes the same way
-            (without the first average, and with `summed_pairs`), and is added.
-        summed_pairs: of that sum; None: `pairs`.
-        outliers: which cells are replaced by their neighbours' mean first, see `smoothing.outliers`.
-        outlier_factor: see there.
-        class_share: how much of the class token is added to each cell after the attention.
-        attention_blocks: first and past the last block, as in a slice, of whose attention "earlier" is
-            made: balanced as `attend.balanced` does it (CLIPer), or their mean.
-        balanced: which of these two.
-        label_share: how much of the logits says whether a first pass, without this, gives two cells the
-            label of the same text (ResCLIP), see `surgery.agreement`; 0: there is no such pass. Nothing
-            else here needs texts.
-        label_scale: what these logits are multiplied with.
-        label_threshold: probability below which a pixel gets the label of the first text.
-        sink_channels: of "kk_all": cells with one of these channels too large are toned down as they
-            leave a block, in the original path too; None: those that RF-CLIP names, for networks of
-            width 768 and 1024.
-        sink_factor: how many times the mean channel is too large.
-        refocused: cells that others attend to too much give some of it back, in the original path too.
-        large: what stands in its place on a network of 24 blocks (ViT-L), but for fields that were
-            changed; None: it itself.
-        position: how position embeddings are resized to another grid, see `towers.resize_positions`;
-            "none": there are none.
-        released_class_token: which path's class token the released code returns. Ours is CLIP's own
-            unless `load_backbone(class_token="released")` asks for this one.
-    """
-
-    pairs: tuple[Pair, ...]
-    summary: str = ""
-    combine: Literal["mean", "sum"] | tuple[float, ...] = "mean"
-    blocks: int | None = None
-    reads: Literal["original", "itself"] = "original"
-    residual: bool = True
-    ffn: bool | Literal["only"] = False
-    cosine_scale: float | None = None
-    iterations: int = 0
-    neighbour_std: float | None = None
-    alignment_rounds: int | None = 0
-    alpha: float = 0.08
-    similarity_block: int | None = None
-    floored: bool = False
-    smoothing_block: int = 0
-    summed_blocks: tuple[int, int] = (0, 0)
-    summed_pairs: tuple[Pair, ...] | None = None
-    outliers: Literal["density", "class", "length"] = "density"
-    outlier_factor: float = 1.5
-    class_share: float = 0.3
-    attention_blocks: tuple[int, int] | None = None
-    balanced: bool = True
-    label_share: float = 0.0
-    label_scale: float = 2.1
-    label_threshold: float = 0.1
-    sink_channels: tuple[int, ...] | None = None
-    sink_factor: float = 5.0
-    refocused: bool = False
-    large: "Recipe | None" = None
-    position: Literal["bilinear", "bicubic", "bicubic_scaled", "none"] = "bilinear"
-    released_class_token: Literal["original", "new"] = "new"
-
-    def blocks_read(self, depth: int) -> dict[str, range]:
-        """Field -> the blocks, from 0, of a network of so many, whose tokens or attention it asks for."""
-        read = {}
-        if self.attention_blocks is not None:
-            first, end = (n + depth if n < 0 else n for n in self.attention_blocks)
-            read["attention_blocks"] = range(first, end)
-        if self.similarity_block is not None:
-            read["similarity_block"] = range(self.similarity_block, self.similarity_block + 1)
-            read["smoothing_block"] = range(self.smoothing_block, self.smoothing_block + 1)
-            read["summed_blocks"] = range(*self.summed_blocks)
-        return read
-
-    def needs(self) -> str:
-        """Which towers and blocks, and whether texts: one line."""
-        asked = "last block" if self.blocks == 1 else "last blocks: --model.backbone.blocks"
-        parts = [asked if self.pairs else "no block"]
-        if self.needs_texts:
-            parts.append("texts")
-        if self.blocks_read(_LARGE) or self.ffn == "only" or "kk_all" in self.pairs:
-            parts.append("ViT")
-        parts += [f"{name}={getattr(self, name)}" for name in self.blocks_read(_LARGE)]
-        if "kk_all" in self.pairs and self.sink_channels is None:
-            parts.append(f"sink_channels, or a width of {' or '.join(map(str, SINK_CHANNELS))}")
-        return "; ".join(parts)
-
-    @property
-    def needs_texts(self) -> bool:
-        """Whether the tokens depend on the texts that they will be compared with."""
-        return self.label_share > 0
-
-    @property
-    def asks_with_queries(self) -> bool:
-        """Whether the new path needs the queries of CLIP's own attention."""
-        return self.reads == "original" and bool({"qk", "qq", "near"}.intersection(self.pairs))
-
-    def for_depth(self, blocks: int) -> "Recipe":
-        """As it is meant for a network of so many blocks: `large`, with what was changed of its row."""
-        if self.large is None or blocks != _LARGE:
-            return self
-        row = next((row for row in RECIPES.values() if row.large == self.large), self)
-        changed = {
-            field.name: getattr(self, field.name)
-            for field in fields(self)
-            if getattr(self, field.name) != getattr(row, field.name)
-        }
-        return replace(self.large, **changed)
+def _like(row: Recipe, summary: str, **fields: Any) -> Recipe:
+    return replace(row, summary=summary, **fields)
 
 
-_SURGERY = Recipe(pairs=("vv",), released_class_token="original")
+_SURGERY = Recipe(
+    pairs=("vv",),
+    released_class_token="original",
+    summary="CLIP Surgery (Li et al. 2023; xmed-lab/CLIP_Surgery): v-v, dual path, no FFN",
+)
 _LAST = Recipe(pairs=("qk",), blocks=1, ffn=True, position="bicubic_scaled")
 _BARE = replace(_LAST, residual=False, ffn=False)
-_SC_CLIP = replace(
-    _BARE,
+_NO_CLASS_TOKEN = replace(_BARE, released_class_token="original")  # the new path has none
+_SC_CLIP = _like(
+    _NO_CLASS_TOKEN,
+    "SC-CLIP (SuleBai/SC-CLIP): k-k and similarity, smoothed by earlier blocks' cells",
     pairs=("similarity", "kk"),
-    released_class_token="original",  # the new path has none
     similarity_block=8,
     smoothing_block=3,
     summed_blocks=(3, 10),
-    summary="SC-CLIP (SuleBai/SC-CLIP): k-k and similarity, smoothed by earlier blocks' cells",
 )
 # What the author of SC-CLIP names for ViT-L/14 (an issue of its repository)
 _SC_CLIP_LARGE = replace(
     _SC_CLIP, similarity_block=16, smoothing_block=6, summed_blocks=(8, 19), class_share=0.1
 )
-_RF_CLIP = replace(
-    _BARE,
+_RF_CLIP = _like(
+    _NO_CLASS_TOKEN,
+    "RF-CLIP (liblacklucy/RF-CLIP) as released: k-k of all blocks, sink cells toned down",
     pairs=("kk_all",),
-    released_class_token="original",  # the new path has none
-    summary="RF-CLIP (liblacklucy/RF-CLIP) as released: k-k of all blocks, sink cells toned down",
 )
 
+# All of them on one screen, which the formatter would not leave
+# fmt: off
 RECIPES: dict[str, Recipe] = {
     "raw": Recipe(pairs=(), summary="plain CLIP, every token projected"),
-    "surgery": replace(
-        _SURGERY,
-        summary="CLIP Surgery (Li et al. 2023, arXiv 2304.05653; xmed-lab/CLIP_Surgery): v-v, dual path, "
-        "no FFN",
+    "surgery": _SURGERY,
+    "gem": _like(
+        _SURGERY, "GEM (Bousselham et al. 2024; WalBouss/GEM): q-q, k-k and v-v, clustered once",
+        pairs=("vv", "kk", "qq"), iterations=1, position="bicubic", released_class_token="new",
     ),
-    "gem": replace(
-        _SURGERY,
-        pairs=("vv", "kk", "qq"),
-        iterations=1,
-        position="bicubic",
-        released_class_token="new",
-        summary="GEM (Bousselham et al. 2024; WalBouss/GEM): q-q, k-k and v-v, clustered once",
-    ),
-    "maskclip": replace(
-        _LAST,
+    "maskclip": _like(
+        _LAST, "MaskCLIP (Zhou et al. 2022; chongzhou96/MaskCLIP): the values, else unchanged",
         pairs=("identity",),
-        summary="MaskCLIP (Zhou et al. 2022; chongzhou96/MaskCLIP): the values, else unchanged",
     ),
-    "sclip": replace(
-        _LAST,
-        pairs=("qq", "kk"),
-        combine="sum",
-        summary="SCLIP (Wang et al. 2024; wangf3014/SCLIP): q-q plus k-k",
+    "sclip": _like(
+        _LAST, "SCLIP (Wang et al. 2024; wangf3014/SCLIP): q-q plus k-k",
+        pairs=("qq", "kk"), combine="sum",
     ),
-    "clearclip": replace(
-        _BARE,
+    "clearclip": _like(
+        _BARE, "ClearCLIP (Lan et al. 2024; mc-lan/ClearCLIP): q-q, neither residual nor FFN",
         pairs=("qq",),
-        summary="ClearCLIP (Lan et al. 2024; mc-lan/ClearCLIP): q-q, neither residual nor FFN",
     ),
-    "naclip": replace(
-        _BARE,
-        pairs=("kk",),
-        neighbour_std=5.0,
-        summary="NACLIP (Hajimiri et al. 2025; sinahmr/NACLIP): k-k near the token, bare as ClearCLIP",
+    "naclip": _like(
+        _BARE, "NACLIP (Hajimiri et al. 2025; sinahmr/NACLIP): k-k near the token, bare as ClearCLIP",
+        pairs=("kk",), neighbour_std=5.0,
     ),
     # Its settings of VOC20; those of other data sets differ
-    "resclip": replace(
-        _BARE,
-        pairs=("kk", "earlier"),
-        neighbour_std=5.0,
-        attention_blocks=(5, 9),
-        balanced=False,
-        combine=(0.8, 1.2),
-        label_share=0.6,
-        summary="ResCLIP (yvhangyang/ResCLIP): NACLIP, middle blocks' attention, a first pass's labels",
+    "resclip": _like(
+        _BARE, "ResCLIP (yvhangyang/ResCLIP): NACLIP, middle blocks' attention, a first pass's labels",
+        pairs=("kk", "earlier"), neighbour_std=5.0, attention_blocks=(5, 9), balanced=False,
+        combine=(0.8, 1.2), label_share=0.6,
     ),
-    "cliptrase": replace(
-        _LAST,
-        pairs=("qq", "kk", "vv"),
-        combine="sum",
-        summary="CLIPtrase (Shao et al. 2024; leaves162/CLIPtrase): q-q plus k-k plus v-v",
+    "cliptrase": _like(
+        _LAST, "CLIPtrase (Shao et al. 2024; leaves162/CLIPtrase): q-q plus k-k plus v-v",
+        pairs=("qq", "kk", "vv"), combine="sum",
     ),
-    "pearl": replace(
-        _BARE,
+    "pearl": _like(
+        _BARE, "PEARL (PGSmall/PEARL): q-k with keys turned towards the queries, bare",
         alignment_rounds=5,
-        summary="PEARL (PGSmall/PEARL): q-k with keys turned towards the queries, bare",
     ),
     "sc_clip": replace(_SC_CLIP, large=_SC_CLIP_LARGE),
-    "sfp": replace(
-        _SC_CLIP,
-        pairs=("similarity", "qq", "kk"),
-        floored=True,
-        summed_pairs=("similarity",),
+    "sfp": _like(
+        _SC_CLIP, "SFP (Kimsure/SFP, for 12 blocks): SC-CLIP's way with other outliers and pairs",
+        pairs=("similarity", "qq", "kk"), summed_pairs=("similarity",), floored=True,
         outliers="class",
-        summary="SFP (Kimsure/SFP, for 12 blocks): SC-CLIP's way with other outliers and pairs",
     ),
     "rf_clip": _RF_CLIP,
-    "rf_clip_refocused": replace(
-        _RF_CLIP,
+    "rf_clip_refocused": _like(
+        _RF_CLIP, "RF-CLIP with the step of its title, which its released code never takes",
         refocused=True,
-        summary="RF-CLIP with the step of its title, which its released code never takes",
     ),
-    "cliper": replace(
-        _BARE,
-        pairs=("earlier",),
-        attention_blocks=(0, -1),
-        position="bilinear",
-        summary="CLIPer (linsun449/cliper.code): the balanced attention of all earlier blocks, bare",
+    "cliper": _like(
+        _BARE, "CLIPer (linsun449/cliper.code): the balanced attention of all earlier blocks, bare",
+        pairs=("earlier",), attention_blocks=(0, -1), position="bilinear",
     ),
-    "maskclip_authors": replace(
-        _SURGERY,
-        pairs=("identity",),
-        blocks=1,
-        summary="MaskCLIP of the paper's Table 5, by comments in its code: the values, as surgery",
+    "maskclip_authors": _like(
+        _SURGERY, "MaskCLIP of the paper's Table 5, by comments in its code: the values, as surgery",
+        pairs=("identity",), blocks=1,
     ),
     # Table 4, rows 2 to 5 (row 1 is "raw", row 6 "surgery"); what a row means is our reading
-    "surgery_last": replace(_SURGERY, blocks=1, ffn=True, summary="Table 4, row 2: with FFN"),
-    "surgery_single_path_ffn": replace(
-        _SURGERY, reads="itself", ffn=True, summary="Table 4, row 3: a single path with FFN"
+    "surgery_last": _like(_SURGERY, "Table 4, row 2: with FFN", blocks=1, ffn=True),
+    "surgery_single_path_ffn": _like(
+        _SURGERY, "Table 4, row 3: a single path with FFN", reads="itself", ffn=True
     ),
-    "surgery_ffn": replace(_SURGERY, ffn=True, summary="Table 4, row 4: dual path with FFN"),
-    "surgery_ffn_only": replace(
-        _SURGERY,
-        ffn="only",
-        summary="Table 4, row 5: what the original path's FFNs add, no attention",
+    "surgery_ffn": _like(_SURGERY, "Table 4, row 4: dual path with FFN", ffn=True),
+    "surgery_ffn_only": _like(
+        _SURGERY, "Table 4, row 5: what the original path's FFNs add, no attention", ffn="only"
     ),
     # Not in the paper
-    "surgery_qq": replace(_SURGERY, pairs=("qq",), summary="surgery with q-q"),
-    "surgery_kk": replace(_SURGERY, pairs=("kk",), summary="surgery with k-k"),
-    "surgery_qk": replace(_SURGERY, pairs=("qk",), summary="surgery with CLIP's own q-k"),
-    "surgery_single_path": replace(
-        _SURGERY, reads="itself", summary="surgery by a single path, without FFN"
+    "surgery_qq": _like(_SURGERY, "surgery with q-q", pairs=("qq",)),
+    "surgery_kk": _like(_SURGERY, "surgery with k-k", pairs=("kk",)),
+    "surgery_qk": _like(_SURGERY, "surgery with CLIP's own q-k", pairs=("qk",)),
+    "surgery_single_path": _like(
+        _SURGERY, "surgery by a single path, without FFN", reads="itself"
     ),
-    "surgery_resnet": replace(
-        _SURGERY,
+    "surgery_resnet": _like(
+        _SURGERY, 'the released code\'s setting "resnet", which that code never turns on',
         cosine_scale=8.0,
-        summary='the released code\'s setting "resnet", which that code never turns on',
     ),
     "tai_dpt": Recipe(
-        pairs=("identity",),
-        position="none",
         summary="TaI-DPT (Guo et al. 2023; guozix/TaI-DPT, for ResNets): values, no position embeddings",
+        pairs=("identity",), position="none",
     ),
 }
+# fmt: on
 
 
 def recipe_of(attention: str | Mapping[str, Any] | Recipe) -> Recipe:
@@ -343,36 +162,16 @@ def recipe_of(attention: str | Mapping[str, Any] | Recipe) -> Recipe:
     if row is None:
         hint = did_you_mean(str(name), RECIPES)
         raise InvalidSetting(f"attention={name!r}: expected one of {', '.join(RECIPES)}{hint}")
-    types = get_type_hints(Recipe)
-    for field, value in changes.items():
-        if field not in types or field in ("large", "summary"):
-            fields = [key for key in types if key not in ("large", "summary")]
-            known, hint = ", ".join(fields), did_you_mean(field, fields)
-            raise InvalidSetting(f"attention: recipes have no field {field!r} among {known}{hint}")
-        changes[field] = _tuples(value)
-        if not _fits(changes[field], types[field]):
-            raise InvalidSetting(f"attention: {field}={value!r} is not of the type {types[field]}")
-    return replace(row, **changes)
+    return changed(row, changes)
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value has a type, as the fields of `Recipe` are annotated."""
-    of = get_args(kind)
-    if get_origin(kind) is Literal:
-        return any(type(value) is type(one) and value == one for one in of)
-    if get_origin(kind) is tuple:
-        if not isinstance(value, tuple):
-            return False
-        each = of[:1] * len(value) if of[-1] is ... else of
-        return len(each) == len(value) and all(map(_fits, value, each))
-    if get_origin(kind) in (Union, UnionType):
-        return any(_fits(value, one) for one in of)
-    if kind in (int, float):
-        return isinstance(value, int if kind is int else int | float) and not isinstance(
-            value, bool
-        )
-    return isinstance(value, kind)
+def for_depth(recipe: Recipe, blocks: int) -> Recipe:
+    """As it is meant for a network of so many blocks: `large`, with what was changed of its row."""
+    if recipe.large is None or blocks != LARGE:
+        return recipe
+    row = next((row for row in RECIPES.values() if row.large == recipe.large), recipe)
+    names = [field.name for field in fields(recipe)]
+    own = {name: getattr(recipe, name) for name in names}
+    return replace(
+        recipe.large, **{name: own[name] for name in names if own[name] != getattr(row, name)}
+    )

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from common.errors import InvalidSetting
 from common.nearest import did_you_mean
 from surgery import batches, sources
-from surgery.attention import Recipe, recipe_of
+from surgery.attention import recipe_of
 from surgery.fingerprint import Fingerprint
 from surgery.precision import LowPrecision
+from surgery.recipe import Recipe
 from surgery.sources import CheckpointInfo
 from surgery.towers import ImageTokens, Tower, Visitor, resize_positions, tower_of
 from surgery.towers.text import TextTower

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from surgery.attend import attend, balanced, neighbour_bias
-from surgery.attention import Pair, Recipe
 from surgery.precision import widen
+from surgery.recipe import Pair, Recipe
 from surgery.smoothing import (
     aggregate,
     attention,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import InvalidSetting
-from surgery.attention import Recipe
+from surgery.recipe import Recipe
 
 _POOLED_BY = {
     "class": "makes its image feature of the class token",

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from common.errors import InvalidSetting
 from surgery.attend import attend, neighbour_bias
-from surgery.attention import Recipe
 from surgery.precision import widen
+from surgery.recipe import Recipe
 from surgery.towers._tower import (
     ImageTokens,
     Plan,

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from common.errors import InvalidSetting
 from surgery.agreement import label_agreement
-from surgery.attention import SINK_CHANNELS, Recipe
+from surgery.attention import for_depth
+from surgery.recipe import SINK_CHANNELS, Recipe
 from surgery.towers._blocks import add
 from surgery.towers._paths import NewPath, path_of
 from surgery.towers._tower import ImageTokens, Plan, Step, Tower, Visitor
@@ -46,7 +47,7 @@ class ViT(Tower):
             InvalidSetting: also where it names a block that isn't before the last one, or reads a class
                 token that the tower has not.
         """
-        recipe = recipe.for_depth(self.depth)
+        recipe = for_depth(recipe, self.depth)
         if recipe.similarity_block is not None and not self.has_class_token:
             raise InvalidSetting(
                 "this recipe reads the class token of the blocks before the last one; this image tower "

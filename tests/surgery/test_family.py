@@ -8,6 +8,7 @@ import torch
 from common.errors import InvalidSetting
 from surgery import RECIPES, load_backbone
 from surgery.agreement import cell_labels
+from surgery.attention import for_depth
 from surgery.smoothing import outliers
 from surgery.towers import Visitor
 from tests.surgery.recipes import OURS
@@ -224,9 +225,9 @@ def test_channels_are_those_of_a_width(folder):
 
 def test_what_is_changed_of_a_recipe_holds_for_deep_networks_too():
     changed = replace(RECIPES["sc_clip"], summed_blocks=(9, 12), outlier_factor=2.0)
-    assert RECIPES["sc_clip"].for_depth(12) == RECIPES["sc_clip"]
-    assert RECIPES["sc_clip"].for_depth(24).similarity_block == 16
-    deep = changed.for_depth(24)
+    assert for_depth(RECIPES["sc_clip"], 12) == RECIPES["sc_clip"]
+    assert for_depth(RECIPES["sc_clip"], 24).similarity_block == 16
+    deep = for_depth(changed, 24)
     assert (deep.similarity_block, deep.summed_blocks, deep.class_share) == (16, (9, 12), 0.1)
     assert deep.outlier_factor == 2.0
 
