@@ -1,9 +1,7 @@
 """Class names to text features: prompt templates, their ensemble, and a cache of it on disk."""
 
-import contextlib
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -15,6 +13,7 @@ from torch import Tensor
 from common.errors import InvalidSetting
 from common.files import write_atomically
 from surgery.backbone import Backbone
+from surgery.sources import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -254,11 +253,7 @@ def _cache_folder(cache_dir: str | Path | Literal[False] | None) -> Path | None:
         return None
     if cache_dir is not None:
         return Path(cache_dir)
-    if own := os.environ.get("CLIP_SURGERY_CACHE"):
-        return Path(own)
-    with contextlib.suppress(RuntimeError):  # no home folder: no cache
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip_surgery"
-    return None
+    return cache_folder()
 
 
 def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:

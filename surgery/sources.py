@@ -3,10 +3,13 @@
 Only here are open_clip's registries read; nothing is ever written into them.
 """
 
+import hashlib
 import json
 import logging
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from filelock import FileLock
 from torch import nn
 
 from common.errors import InvalidSetting, UserError
@@ -308,6 +312,9 @@ class DownloadFailed(UserError, RuntimeError):
 def download(what: str, fetch: Callable[[], _T], instead: str) -> _T:
     """What ``fetch`` finds in the hub's cache, or downloads; without the hub client's many lines.
 
+    One process at a time: of all ranks of a node, or of all nodes with one cache folder, the first one
+    downloads, and the others find what it did.
+
     Args:
         what: it is, in words.
         fetch: asks the hub client for it.
@@ -323,7 +330,8 @@ def download(what: str, fetch: Callable[[], _T], instead: str) -> _T:
     alive.daemon = True
     alive.start()
     try:
-        return fetch()
+        with _alone(what):
+            return fetch()
     except Exception as error:  # open_clip and its hub client raise many kinds
         said = " ".join(str(error).split())
         raise DownloadFailed(
@@ -333,6 +341,27 @@ def download(what: str, fetch: Callable[[], _T], instead: str) -> _T:
     finally:
         alive.cancel()
         hub.setLevel(level)
+
+
+@contextmanager
+def _alone(what: str) -> Iterator[None]:
+    """While no other process with the same cache folder does the same."""
+    with ExitStack() as held:
+        if (folder := cache_folder()) is not None:
+            name = hashlib.sha256(what.encode()).hexdigest()[:24]
+            with suppress(OSError, NotImplementedError):  # not writable, or without locks
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(FileLock(folder / f"{name}.lock"))
+        yield
+
+
+def cache_folder() -> Path | None:
+    """Where things are kept between runs: $CLIP_SURGERY_CACHE, or clip_surgery in the user's cache."""
+    if own := os.environ.get("CLIP_SURGERY_CACHE"):
+        return Path(own)
+    with suppress(RuntimeError):  # no home folder: no cache
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip_surgery"
+    return None
 
 
 def _unknown_weights(model: str, pretrained: str) -> CheckpointError:

@@ -4,7 +4,9 @@ import logging
 import os
 import pickle
 import re
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from common.errors import UserError
 from common.files import file_digest
 from surgery import load_backbone
 from surgery.checkpoints import CheckpointError, read_checkpoint
-from surgery.sources import load_tokenizer
+from surgery.sources import download, load_tokenizer
 
 
 @pytest.fixture
@@ -326,6 +328,26 @@ def test_download_that_fails_says_so_once(monkeypatch, caplog):
         load_backbone("RN50", "openai")
     assert e.value.__suppress_context__  # one traceback, not the hub client's before it
     assert not caplog.records
+
+
+def test_weights_are_downloaded_by_one_process_and_found_by_the_others(monkeypatch, tmp_path):
+    monkeypatch.setenv("CLIP_SURGERY_CACHE", str(tmp_path / "cache"))
+    weights, downloads = tmp_path / "weights", []
+
+    def fetch():  # as hub clients do: what is there is not fetched again
+        if not weights.exists():
+            downloads.append(1)
+            time.sleep(0.05)
+            weights.write_text("w")
+        return weights.read_text()
+
+    with ThreadPoolExecutor(4) as ranks:
+        found = list(ranks.map(lambda _: download("weights", fetch, "-"), range(4)))
+    assert found == ["w"] * 4
+    assert len(downloads) == 1
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CLIP_SURGERY_CACHE", str(tmp_path / "file" / "cache"))
+    assert download("weights", fetch, "-") == "w"  # where nothing can be locked
 
 
 @pytest.mark.parametrize("loads", [load_backbone, load_tokenizer])
