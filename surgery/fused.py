@@ -89,17 +89,23 @@ def fused_scores(
 
 
 def fused_labels(
-    scores: Tensor, size: tuple[int, int], *, background: float | None = 0.0, least: float = 0.0
+    scores: Tensor,
+    size: tuple[int, int],
+    *,
+    background: float | None = 0.0,
+    least: float = 0.0,
+    scaled: bool = True,
 ) -> Tensor:
     """Which text has each pixel.
 
-    Each map is enlarged bilinearly, and scaled to end at its largest cell, then to [0, 1].
+    Each map is enlarged bilinearly, and scaled to end at its largest cell.
 
     Args:
         scores: [B, T, h, w], of `fused_scores`.
         size: (H, W) of the answer.
         background: what is below it counts as 0 in the end; None: each pixel has a text.
         least: a text whose largest score is not above it is nowhere.
+        scaled: whether each map is scaled to [0, 1] before it is compared with others, and `background`.
 
     Returns:
         [B, H, W] int64: the text's number from 1 on, the first of equals; 0 where all are 0.
@@ -107,8 +113,9 @@ def fused_labels(
     largest = scores.amax(dim=(-2, -1), keepdim=True)
     maps = F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
     maps = maps / (maps.amax(dim=(-2, -1), keepdim=True) + 1e-5) * largest
-    maps = maps - maps.amin(dim=(-2, -1), keepdim=True)
-    maps = maps / (maps.amax(dim=(-2, -1), keepdim=True) + 1e-6)
+    if scaled:
+        maps = maps - maps.amin(dim=(-2, -1), keepdim=True)
+        maps = maps / (maps.amax(dim=(-2, -1), keepdim=True) + 1e-6)
     if background is None:
         return maps.argmax(dim=1) + 1
     maps = maps.where((maps >= background) & (largest > least), 0)

@@ -90,9 +90,11 @@ class Segmentation(Task):
             that fits the whole image best is moved towards its best places, and the whole image's cosine
             counts for 0.3; fused, CLIPer's (of its recipe cliper): softmaxes of the tokens of all layers,
             spread by their attention. There, background words only compete in the softmax, and
-            ``prob_thd`` is what a map, scaled to [0, 1], has to reach.
+            ``prob_thd`` is what a map has to reach.
         class_thd: of the score fused: a class whose largest value is not above it is not in the image,
             where there is a background.
+        scaled: of the score fused: maps are scaled to [0, 1] before they are compared (CLIPer's
+            evaluation does so on VOC21).
         cluster_eps: cells that correlate get one label, the commonest (CLIPtrase, of whole images):
             neighbours in DBSCAN are not farther than this; 0.7 in its evaluation.
         attention_thd: of the score fused: values less than this share of a word's largest are 0 before
@@ -132,6 +134,7 @@ class Segmentation(Task):
         class_thd: float = 0.0,
         attention_thd: float = 0.2,
         cluster_eps: float | None = None,
+        scaled: bool = True,
     ) -> None:
         super().__init__(backbone, text_features)
         if score == "fused":
@@ -187,6 +190,7 @@ class Segmentation(Task):
         self.class_thd = class_thd
         self.attention_thd = attention_thd
         self.cluster_eps = cluster_eps
+        self.scaled = scaled
         self.register_buffer("values", torch.empty(0, dtype=torch.int64), persistent=False)
         self.register_buffer("clusters", torch.empty(0, dtype=torch.int64), persistent=False)
 
@@ -357,7 +361,9 @@ class Segmentation(Task):
 
         def choose(group: Sequence[int], size: tuple[int, int]) -> Tensor:
             found = torch.cat([scores[i] for i in group])
-            labels = fused_labels(found, size, background=background, least=self.class_thd)
+            labels = fused_labels(
+                found, size, background=background, least=self.class_thd, scaled=self.scaled
+            )
             return F.pad(self.values[words], (1, 0))[labels]
 
         return choose

@@ -59,3 +59,10 @@ def test_labels(layers, expected, texts):
     assert (everywhere > 0).all()
     some = fused_labels(scores, (50, 70), background=background)
     assert torch.equal(everywhere[some > 0], some[some > 0])
+
+
+def test_maps_that_are_not_scaled_keep_their_values():
+    scores = torch.tensor([[[[0.2, 0.4]]]])
+    assert fused_labels(scores, (1, 2), background=0.25, scaled=False).tolist() == [[[0, 1]]]
+    assert fused_labels(scores, (1, 2), background=0.15, scaled=False).tolist() == [[[1, 1]]]
+    assert fused_labels(scores, (1, 2), background=0.15).tolist() == [[[0, 1]]]
