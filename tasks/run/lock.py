@@ -21,6 +21,7 @@ from tasks.run.errors import RunError
 
 log = logging.getLogger(__name__)
 
+_BEGUN = ".partial"  # ends the name of a lock file that is not locked yet
 _TRIES = 5  # jobs that begin at the same moment see each other, and all step back
 
 
@@ -67,7 +68,8 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path, job: Job, *, alone: bool = False) -> None:
-        self.path = folder / f".job-{uuid.uuid4().hex[:12]}"
+        self.folder = folder
+        self.path = folder
         self._file: int | None = None
         for turn in range(1, _TRIES + 1):
             self._enter(job)
@@ -83,37 +85,54 @@ class FolderLock:
         )
 
     def _enter(self, job: Job) -> None:
-        # Locked before it has its name: nobody may take it for one that a dead process left.
-        hidden = self.path.with_name(f"{self.path.name}.partial")
-        self._file = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        _opened.add(self._file)
-        os.write(self._file, json.dumps(asdict(job)).encode())
+        # Locked before it has its name: nobody may take it for one that a dead process left. Until it
+        # is locked it may be taken for one, and be removed; then another is made.
+        while self._file is None:
+            self.path = self.folder / f".job-{uuid.uuid4().hex[:12]}"
+            hidden = self.path.with_name(f"{self.path.name}{_BEGUN}")
+            file = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            os.write(file, json.dumps(asdict(job)).encode())
+            if self._lock(file) and _renamed(hidden, self.path):
+                self._file = file
+                _opened.add(file)
+            else:
+                os.close(file)
+
+    def _lock(self, file: int) -> bool:
+        """Whether nobody else has an open file locked."""
         try:
-            lock_descriptor(self._file, blocking=False)
+            return lock_descriptor(file, blocking=False)
         except OSError as error:
             log.warning(
                 "%s can't be locked (%s): see to it that no second run writes there",
-                self.path.parent,
-                error,
+                *(self.folder, error),
             )
-        hidden.rename(self.path)
+            return True
 
     def others(self) -> list[Job]:
         """The other jobs in the folder that are alive; what dead ones left is removed."""
-        return [
-            job
-            for path in sorted(self.path.parent.glob(".job-*"))
-            if path != self.path and path.suffix != ".partial" and (job := _holder(path))
-        ]
+        found = {p: _holder(p) for p in sorted(self.folder.glob(".job-*")) if p != self.path}
+        # One that only begins will look for us.
+        return [job for path, job in found.items() if job and path.suffix != _BEGUN]
 
     def release(self) -> None:
-        """Leave the folder."""
+        """Leave the folder, and nothing in it that dead jobs left."""
         if self._file is not None:
             with suppress(OSError):  # its folder may be gone
                 self.path.unlink()
+                self.others()
             _opened.discard(self._file)
             os.close(self._file)
             self._file = None
+
+
+def _renamed(path: Path, to: Path) -> bool:
+    """Rename a file; whether it was still there."""
+    try:
+        path.rename(to)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _holder(path: Path) -> Job | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import lock_descriptor
 
 from common import signals
 from datamodules._samples import DatasetInfo, SampleError
@@ -216,6 +217,41 @@ def test_parts_share_a_folder_and_overlapping_ones_do_not(tmp_path):
     first.release()
     second.release()
     assert not list(tmp_path.iterdir())
+
+
+def test_what_killed_jobs_left_goes_when_another_begins_and_when_it_ends(tmp_path):
+    def leave(*names):
+        for name in names:
+            (tmp_path / name).write_text("{}")
+
+    leave(".job-1", ".job-2.partial")
+    lock = FolderLock(tmp_path, Job.this(0, 2))
+    assert list(tmp_path.iterdir()) == [lock.path]
+    leave(".job-3", ".job-4.partial")
+    other = FolderLock(tmp_path, Job.this(1, 2))
+    lock.release()
+    assert list(tmp_path.iterdir()) == [other.path]
+    leave(".job-5", ".job-6.partial")
+    other.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_was_taken_for_a_dead_jobs_is_made_anew(tmp_path, monkeypatch):
+    first = FolderLock(tmp_path, Job.this(0, 2))
+    calls = []
+
+    def late(file, *, blocking):
+        calls.append(file)
+        if len(calls) == 1:  # between making the file and locking it, another job looks around
+            first.others()
+        return lock_descriptor(file, blocking=blocking)
+
+    monkeypatch.setattr("tasks.run.lock.lock_descriptor", late)
+    second = FolderLock(tmp_path, Job.this(1, 2))
+    assert {*tmp_path.iterdir()} == {first.path, second.path}
+    assert len(first.others()) == 1
+    with pytest.raises(RunError, match="in use"):
+        FolderLock(tmp_path, Job.this(1, 2))
 
 
 @pytest.mark.processes
