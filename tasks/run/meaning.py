@@ -47,6 +47,11 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
             "best for the whole data set"
         ),
         "mSC": _good("map on the object minus map beside it, mean over classes"),
+        "mIoU_order_(paper|code)": _good(
+            "mIoU of the maps in the other order of scaling to [0, 1] and enlarging: the paper enlarges "
+            "first, the released code scales first"
+        ),
+        "mSC_order_(paper|code)": _good("mSC of those maps"),
     },
     "Segmentation": {
         "mIoU": _good("overlap of label map and truth over all pixels, mean over classes"),

@@ -15,7 +15,12 @@ from tasks.measures import measures_of
 from tasks.run.meaning import MEANINGS, meaning_of, remarks
 
 SETTINGS = {
-    "Explainability": {"threshold": 0.5, "void": "ignore", "methods": ["surgery"]},
+    "Explainability": {
+        "order": "code",
+        "threshold": 0.5,
+        "void": "ignore",
+        "methods": ["surgery"],
+    },
     "Segmentation": {"background": None, "prob_thd": None},
     "Recognition": {"form": "paper"},
     "Interactive": {"sam": "some", "methods": ["surgery"], "down_sample": 2},
