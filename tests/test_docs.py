@@ -42,11 +42,13 @@ SMALL = {
 """Words of a command -> words that make it cheap."""
 
 
-def blocks(page, language):
-    """(what it says that it needs, its text) of each fenced block of a page."""
-    for text in re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.M):
+def blocks(page):
+    """(language, what it says that it needs, its text) of each block of sh and Python of a page."""
+    for language, text in re.findall(
+        r"^```(sh|python)\n(.*?)^```", page.read_text(), re.DOTALL | re.M
+    ):
         needs = re.match(r"# needs: (.+)\n", text)
-        yield set(needs[1].split(", ")) if needs else set(), text
+        yield language, set(needs[1].split(", ")) if needs else set(), text
 
 
 def commands(text):
@@ -98,27 +100,32 @@ def check(words):
         raise AssertionError(f"lightning {name} needs nothing: let it run")
 
 
+def run_or_check(words, needs):
+    """Run one command of a block, or check it where it needs what isn't here."""
+    program, *rest = words
+    if program == "lightning":
+        (check if needs else run)(rest)
+    elif program in ("sbatch", "python"):
+        script = next(word for word in rest if not word.startswith("-"))
+        assert needs
+        assert rest[0] == "-m" or (ROOT / script).is_file(), script
+    elif program == "tar":
+        assert subprocess.run(words, capture_output=True, check=True).stdout
+    else:
+        assert program in ELSEWHERE, words
+
+
 @pytest.mark.parametrize("page", PAGES, ids=id_of)
 def test_its_commands_and_python_run(page, folder, capsys):
-    for needs, text in blocks(page, "sh"):
+    for language, needs, text in blocks(page):
         assert needs <= NEEDS
-        for words in commands(text):
-            program, *rest = words
-            if program == "lightning":
-                (check if needs else run)(rest)
-            elif program in ("sbatch", "python"):
-                script = next(word for word in rest if not word.startswith("-"))
-                assert needs
-                assert rest[0] == "-m" or (ROOT / script).is_file(), script
-            elif program == "tar":
-                assert subprocess.run(words, capture_output=True, check=True).stdout
-            else:
-                assert program in ELSEWHERE, words
-    for needs, text in blocks(page, "python"):
-        assert needs <= NEEDS
-        exec(text.replace('"ViT-B-16", pretrained="openai"', '"demo", pretrained="demo"'), {})
-        if "cat_explained" in text:
-            assert Image.open("cat_explained.png").width % (3 * 60) == 0
+        if language == "sh":
+            for words in commands(text):
+                run_or_check(words, needs)
+        else:
+            exec(text.replace('"ViT-B-16", pretrained="openai"', '"demo", pretrained="demo"'), {})
+            if "cat_explained" in text:
+                assert Image.open("cat_explained.png").width % (3 * 60) == 0
 
 
 @pytest.mark.parametrize("page", PAGES, ids=id_of)
