@@ -16,7 +16,9 @@ from datamodules._drawing import NOUNS, draw_scene
 from surgery import encode_prompts, feature_surgery, load_backbone, similarity, similarity_map
 from surgery.visualize import heat_map
 
-SIDE, GAP, HEAD = 144, 8, 18
+SIDE, GAP, HEAD, LEFT = 144, 8, 18, 84
+ROWS = ("scene", "plain CLIP", "CLIP Surgery", "its mask")
+THRESHOLD = 0.8125  # of the demo's masks, see configs/demo.yaml
 SCENES = ((2026, 0), (2026, 3), (2026, 12), (2026, 17), (2026, 29), (2026, 41))
 
 
@@ -37,15 +39,17 @@ def main(path: str) -> None:
         scores = feature_surgery(tokens.patch_tokens, tokens.class_token, text)
         plain = similarity_map(similarity(raw.patch_tokens, text), raw.grid, (SIDE, SIDE))
         maps = similarity_map(scores, tokens.grid, (SIDE, SIDE))[0, column]
-        mask = (maps >= 0.5)[..., None].numpy()
+        mask = (maps >= THRESHOLD)[..., None].numpy()
         cut = np.where(mask, scene.image, scene.image // 5)
         cells = (scene.image, heat_map(picture, plain[0, column]), heat_map(picture, maps), cut)
         rows.append((noun, [np.asarray(cell) for cell in cells]))
-    width = len(rows) * (SIDE + GAP) + GAP
+    width = LEFT + len(rows) * (SIDE + GAP)
     canvas = Image.new("RGB", (width, HEAD + 4 * (SIDE + GAP)), "white")
     draw = ImageDraw.Draw(canvas)
+    for j, title in enumerate(ROWS):
+        draw.text((GAP, HEAD + j * (SIDE + GAP) + SIDE // 2 - 6), title, fill="black")
     for i, (noun, cells) in enumerate(rows):
-        x = GAP + i * (SIDE + GAP)
+        x = LEFT + i * (SIDE + GAP)
         draw.text((x, 3), f'"{noun}"', fill="black")
         for j, cell in enumerate(cells):
             canvas.paste(Image.fromarray(cell), (x, HEAD + j * (SIDE + GAP)))
