@@ -1,4 +1,4 @@
-"""How the tests run: in processes of one thread; with `-n auto`, in several side by side."""
+"""How the tests run: side by side, in a process for each core, each of one thread."""
 
 import os
 from pathlib import Path
