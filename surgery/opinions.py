@@ -2,21 +2,23 @@
 
 The idea is that of the text opinions in zer0int/CLIP_Surgery, which go back to a script by
 @advadnoun: start from random tokens, and follow the gradient of the cosine with the image. Four
-things differ. The views of the image are encoded once and not again in every step: the mean cosine
-with all of them is the dot product with the mean of their unit features. Every sequence is
-optimised by itself, with random numbers of its own, so that neither the number of sequences that
-share the memory nor the other images of a batch reach the result. The text tower gets the embeddings
-of the tokens that were chosen, and the gradient of the softmax behind the choice is written out: a
-third of the passes over the vocabulary. And tokens that the weights have never learned, as the demo's
-have not learned most, are not chosen from.
+things differ. The mean cosine with all views of an image is the dot product with the mean of their
+unit features, which is all that is kept of them; they are encoded once, unless `fresh_features`
+draws them anew for every step. Every sequence is optimised by itself, with random numbers of its
+own, so that neither the number of sequences that share the memory nor the other images of a batch
+reach the result. The text tower gets the embeddings of the tokens that were chosen, and the gradient
+of the softmax behind the choice is written out: a third of the passes over the vocabulary. And tokens
+that the weights have never learned, as the demo's have not learned most, are not chosen from.
 """
+
+from __future__ import annotations
 
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,11 @@ from surgery.backbone import Backbone
 
 _TEMPERATURE = 1000.0  # of the softmax behind the hard choice: all tokens get their gradient
 _MOMENTUM = 0.9
+
+Optimiser = Literal["momentum", "adam"]
+LEARNING_RATES: dict[Optimiser, float] = {"momentum": 1.0, "adam": 5.0}
+"""What each optimiser is used with: ours, and the fork's."""
+
 _DEGREES, _SHIFT, _PROBABILITY = 10.0, 0.1, 0.8  # of the views
 
 
@@ -37,8 +44,9 @@ class Ascent:
 
     Attributes:
         ids: int64 [steps, S, L], the L tokens that each of S sequences stood for at every step,
-            without start and end.
-        scores: float32 [steps, S], their mean cosine with the views, in [-1, 1].
+            without start, prompt and end.
+        scores: float32 [steps, S], the cosine of the whole text, prompt included, with the views, in
+            [-1, 1]; where they are drawn anew in every step, the mean over the views of all steps.
     """
 
     ids: Tensor
@@ -112,6 +120,30 @@ def mean_feature(backbone: Backbone, images: Tensor, micro_batch: int) -> Tensor
     return total / len(images)
 
 
+def fresh_features(
+    backbone: Backbone, image: Tensor, count: int, steps: int, seed: int, micro_batch: int
+) -> Tensor:
+    """`mean_feature` of other `views` in every step.
+
+    Args:
+        backbone: that encodes them.
+        image: uint8 [3, H, W].
+        count: views a step, the image itself among them.
+        steps: for how many.
+        seed: with the number of a step, it settles its views.
+        micro_batch: views that are encoded at a time.
+
+    Returns:
+        [steps, C], in float32.
+    """
+    features = []
+    for step in range(steps):
+        signals.check()  # all of them take longer than who asks to stop waits
+        drawn = views(image, count, seed_from(seed, "views", step))
+        features.append(mean_feature(backbone, drawn, micro_batch))
+    return torch.stack(features)
+
+
 def ascend(
     backbone: Backbone,
     tokenizer: Any,
@@ -120,26 +152,31 @@ def ascend(
     sequences: int,
     length: int,
     steps: int,
-    lr: float,
     seed: int,
     micro_batch: int,
+    prompt: str = "",
+    optimiser: Optimiser = "momentum",
+    lr: float | None = None,
 ) -> Ascent:
     """Texts whose features come near to a target, by gradient ascent on their tokens.
 
     Each of `length` positions of a sequence has one logit a token that the weights know, at first
     standard normal. A step adds Gumbel noise, takes the best token (straight-through: the gradient
-    is that of the softmax behind the choice), and moves the logits along the running mean of the
-    gradient of text . target, scaled so that a step changes the foremost logit of a position by
-    `lr`. Works under inference mode and autocast, in full precision.
+    is that of the softmax behind the choice), and moves the logits uphill by the gradient of
+    text . target: ``momentum`` along its running mean, scaled so that a step changes the foremost
+    logit of a position by `lr`; ``adam`` each logit by up to about `lr`. Works under inference mode and
+    autocast, in full precision.
 
     Args:
         backbone: whose text tower is followed.
         tokenizer: its own.
-        target: [C].
+        target: [C], or [steps, C], another one in every step.
         sequences: S, how many texts.
-        length: tokens of a text, without start and end.
+        length: tokens of a text that are sought, without start, prompt and end.
         steps: of the ascent.
-        lr: see above.
+        prompt: words that stand before the tokens of every text and stay as they are.
+        optimiser: see above.
+        lr: see above; by default that of `LEARNING_RATES`.
         seed: with the number of a sequence, it settles its random numbers.
         micro_batch: sequences in memory at a time, each with some 10 x length x V numbers; the
             others follow.
@@ -148,21 +185,25 @@ def ascend(
         All steps of all texts.
 
     Raises:
-        InvalidSetting: more tokens than the model reads.
+        InvalidSetting: more tokens than the model reads, or no such optimiser.
     """
-    if not 1 <= length <= backbone.context_length - 2:
-        raise InvalidSetting(
-            f"length: expected 1 to {backbone.context_length - 2} tokens, given {length}"
-        )
+    if optimiser not in get_args(Optimiser):
+        known = ", ".join(get_args(Optimiser))
+        raise InvalidSetting(f"optimiser: expected one of {known}, given {optimiser!r}")
+    frame = _Frame.of(tokenizer, prompt)
+    most = backbone.context_length - 1 - len(frame.before)
+    if not 1 <= length <= most:
+        after = f" after the prompt {prompt!r}" if prompt else ""
+        raise InvalidSetting(f"length: expected 1 to {max(most, 0)} tokens{after}, given {length}")
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(backbone.device.type, enabled=False),
     ):
         target = target.detach().float().clone()
-        special = _special_tokens(tokenizer)
+        rate = LEARNING_RATES[optimiser] if lr is None else lr
         parts = [
-            _ascend(backbone, special, target, numbers, length, steps, lr, seed)
+            _ascend(backbone, frame, target, numbers, length, steps, optimiser, rate, seed)
             for numbers in torch.arange(sequences).split(micro_batch)
         ]
     return Ascent(
@@ -171,13 +212,28 @@ def ascend(
     )
 
 
+@dataclass(frozen=True)
+class _Frame:
+    """Ids of what stands around the tokens of a text: start and prompt, and the end."""
+
+    before: tuple[int, ...]
+    end: int
+
+    @classmethod
+    def of(cls, tokenizer: Any, prompt: str) -> _Frame:
+        ids = tokenizer([prompt])[0].tolist()
+        end = ids.index(max(ids))
+        return cls(tuple(ids[:end]), ids[end])
+
+
 def _ascend(
     backbone: Backbone,
-    special: tuple[int, int],
+    frame: _Frame,
     target: Tensor,
     numbers: Tensor,
     length: int,
     steps: int,
+    optimiser: Optimiser,
     lr: float,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
@@ -193,13 +249,17 @@ def _ascend(
     # Half precision, if it is this run's default, would lose the small steps.
     blank = torch.empty(length, len(known), dtype=torch.float32, device=device)
     logits = torch.stack([torch.empty_like(blank).normal_(generator=g) for g in generators])
-    logits[..., torch.isin(known, torch.tensor(special, device=device))] = -math.inf
-    start, end = (
-        text.table.detach()[index].float().expand(len(logits), 1, -1) for index in special
+    special = torch.tensor([frame.before[0], frame.end], device=device)
+    logits[..., torch.isin(known, special)] = -math.inf
+    before, end = (
+        text.table.detach()[index].float().expand(len(logits), -1, -1)
+        for index in (list(frame.before), [frame.end])
     )
-    momentum = torch.zeros_like(logits)
+    move = (_momentum if optimiser == "momentum" else _adam)(logits, lr)
+    targets = target.expand(steps, -1)
+    judge = target if target.ndim == 1 else target.mean(dim=0)
     ids, scores = [], []
-    for _ in range(steps):
+    for goal in targets:
         signals.check()  # a batch climbs for minutes, longer than who asks to stop waits
         noise = [
             torch.empty_like(blank).exponential_(generator=g).log_().neg_() for g in generators
@@ -207,18 +267,38 @@ def _ascend(
         noisy = torch.stack(noise).add_(logits)
         chosen = noisy.argmax(dim=-1)
         tokens = table[chosen].requires_grad_()
-        features = backbone.encode_embeddings(torch.cat([start, tokens, end], dim=1))
-        score = F.normalize(features[:, -1], dim=-1) @ target
-        (by_token,) = torch.autograd.grad(score.sum(), tokens)
-        gradient = _through_softmax(noisy, by_token @ table.T)
-        momentum.lerp_(gradient, 1 - _MOMENTUM)
-        foremost = (
-            momentum.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        )
-        logits.addcdiv_(momentum, foremost, value=lr)
+        features = backbone.encode_embeddings(torch.cat([before, tokens, end], dim=1))
+        reached = F.normalize(features[:, -1], dim=-1)
+        (by_token,) = torch.autograd.grad((reached @ goal).sum(), tokens)
+        move(_through_softmax(noisy, by_token @ table.T))
         ids.append(known[chosen])
-        scores.append(score.detach())
+        scores.append(reached.detach() @ judge)
     return torch.stack(ids), torch.stack(scores)
+
+
+def _momentum(logits: Tensor, lr: float) -> Callable[[Tensor], None]:
+    """Moves logits [m,L,V] by a gradient: along the running mean, the foremost of V by `lr`."""
+    mean = torch.zeros_like(logits)
+
+    def move(gradient: Tensor) -> None:
+        mean.lerp_(gradient, 1 - _MOMENTUM)
+        foremost = mean.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        logits.addcdiv_(mean, foremost, value=lr)
+
+    return move
+
+
+def _adam(logits: Tensor, lr: float) -> Callable[[Tensor], None]:
+    """The same by Adam, which takes no notice of a gradient's size but for its epsilon."""
+    adam = torch.optim.Adam([logits], lr=lr, maximize=True)
+    # Through the softmax a gradient is so small that epsilon would be most of what it is divided by.
+    scale = _TEMPERATURE * logits.shape[-1]
+
+    def move(gradient: Tensor) -> None:
+        logits.grad = gradient.mul_(scale)
+        adam.step()
+
+    return move
 
 
 def _through_softmax(noisy: Tensor, gradient: Tensor) -> Tensor:
@@ -253,9 +333,3 @@ def _words(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     known = [i for i in ids if i in tokenizer.decoder] if hasattr(tokenizer, "decoder") else ids
     text = tokenizer.decode(list(known))
     return "".join(c if c.isalnum() else " " for c in text).split()
-
-
-def _special_tokens(tokenizer: Any) -> tuple[int, int]:
-    """Ids of the start and the end token."""
-    ids = tokenizer([""])[0]
-    return int(ids[0]), int(ids.max())

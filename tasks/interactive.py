@@ -9,28 +9,26 @@ from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from common.errors import InvalidSetting
-from datamodules._datamodule import ShardDataModule
 from datamodules._samples import Batch, DatasetInfo
 from surgery import encode_prompts
 from surgery.methods import check_methods
 from surgery.points import combined_points
 from surgery.texts import empty_text
 from tasks._draw import point_figure
-from tasks._sam import PointSegmenter, need_transformers
-from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
+from tasks._sam import SamTask, points_result
+from tasks._task import DEFAULT_BACKBONE, BackboneConfig
 from tasks.measures.interactive import InteractiveMeasures
-from tasks.run.results import ByMethod, ImageResult, Masks, Points
+from tasks.run.results import ByMethod, ImageResult, Points
 from tasks.run.stored import slug
 
 ALONE = ("surgery", "surgery_paper")
 """Methods that compare a text with all others unless they are told to take each alone."""
 
 
-class Interactive(Task):
+class Interactive(SamTask):
     """Where would one click for each text? Points, SAM's masks of them, and how good both are.
 
     One text at a time: its map is that of feature surgery with the empty text's feature as the
@@ -72,39 +70,20 @@ class Interactive(Task):
         redundant: Literal["empty", "templates"] = "empty",
         text_features: str | None = None,
     ) -> None:
-        super().__init__(backbone, text_features)
+        super().__init__(backbone, text_features, sam)
         if not 0 <= threshold <= 1:
             raise InvalidSetting(f"--model.threshold is a map value in [0, 1], got {threshold}")
         if down_sample < 1:
             raise InvalidSetting(f"--model.down_sample must be at least 1, got {down_sample}")
         self.methods = check_methods(methods)
-        self.sam = sam
         self.threshold = threshold
         self.down_sample = down_sample
         self.redundant: Any = redundant
-        self.segmenter: PointSegmenter | None = None
 
     def setup(self, stage: str) -> None:
-        """Load the backbone and SAM."""
-        self.wants_originals = self.sam is not None or self.draws
+        """Load the backbone and SAM; points are drawn on the images at their own size."""
+        self.wants_originals = self.draws
         super().setup(stage)
-        if self.sam is not None:
-            self.segmenter = PointSegmenter(self.sam)
-
-    def check_data(self, datamodule: ShardDataModule) -> None:
-        """Also refuse SAM where it is not installed."""
-        super().check_data(datamodule)
-        if self.sam is not None:
-            need_transformers()
-
-    def networks(self) -> list[str]:
-        """CLIP's, and SAM's."""
-        return [*super().networks(), *([f"SAM from {self.sam}"] if self.sam else [])]
-
-    def fingerprints(self) -> dict[str, str]:
-        """Digests of the weights of the backbone and of SAM."""
-        sam = {} if self.segmenter is None else {"sam": self.segmenter.fingerprint()}
-        return {**super().fingerprints(), **sam}
 
     def words(self, info: DatasetInfo) -> list[str]:
         """The words of all prompts; one with ``+`` has several."""
@@ -132,7 +111,7 @@ class Interactive(Task):
                 for method, scores in similarities.items()
             }
             # At once, so that SAM looks at the image once.
-            masks = iter(self._masks(sample.original, [p for of in prompts.values() for p in of]))
+            masks = iter(self.segment(sample.original, [p for of in prompts.values() for p in of]))
             scored = {method: list(islice(masks, len(of))) for method, of in prompts.items()}
             masked = {method: [mask for mask, _ in of] for method, of in scored.items()}
             measured = similarities if self.measures.metrics else {}
@@ -141,7 +120,11 @@ class Interactive(Task):
                 for method, scores in measured.items()
             }
             self.measures.update(prompts, masked, others, sample.label, shown)
-            points = {m: self._points(size, shown, prompts[m], scored[m]) for m in self.methods}
+            names = [self.info.classes[index] for index in shown]
+            points = {
+                method: points_result(size, names, shown, prompts[method], scored[method])
+                for method in self.methods
+            }
             image = batch.images[i] if sample.original is None else sample.original
             draw = partial(draw_points, image.cpu(), points, shown) if self.draws else None
             said = ByMethod({method: (of,) for method, of in points.items()})
@@ -175,32 +158,6 @@ class Interactive(Task):
             down_sample=down_sample or self.down_sample,
         )
         return points.cpu(), labels.cpu()
-
-    def _masks(
-        self, original: Tensor | None, prompts: list[tuple[Tensor, Tensor]]
-    ) -> list[tuple[Tensor, float]]:
-        """SAM's mask of each prompt and its score; a prompt without points has an empty mask."""
-        if self.segmenter is None or original is None:
-            return []
-        asked = iter(self.segmenter(original, [p for p in prompts if len(p[1])]))
-        nothing = torch.zeros(original.shape[1:], dtype=torch.bool), 0.0
-        return [next(asked) if len(labels) else nothing for _, labels in prompts]
-
-    def _points(
-        self,
-        size: tuple[int, int],
-        shown: tuple[int, ...],
-        prompts: list[tuple[Tensor, Tensor]],
-        masks: list[tuple[Tensor, float]],
-    ) -> Points:
-        names = [self.info.classes[index] for index in shown]
-        return Points(
-            size,
-            {name: points.tolist() for name, (points, _) in zip(names, prompts, strict=True)},
-            {name: labels.tolist() for name, (_, labels) in zip(names, prompts, strict=True)},
-            Masks(names, shown, np.stack([mask.numpy() for mask, _ in masks])) if masks else None,
-            [score for _, score in masks],
-        )
 
 
 def draw_points(

@@ -12,6 +12,10 @@ from surgery.metrics import ClassMean, WordCounts
 from tasks.measures._measures import Measures, Report, Table
 
 LONGEST = 100
+"""So many of the longest words are listed, however short they are."""
+
+LONG = 10
+"""Letters from which on all words are listed."""
 
 
 class OpinionsMeasures(Measures):
@@ -32,10 +36,11 @@ class OpinionsMeasures(Measures):
         self.score.update(best[None], torch.tensor([0]))
 
     def report(self) -> Report:
-        """The mean of the images' best cosines, all words, and the longest of them."""
+        """The mean of the images' best cosines, all words, and the long ones among them."""
         found = self.words.found()
         common = sorted(found, key=lambda word: (-found[word][0], -found[word][1], word))
-        longest = sorted(found, key=lambda word: (-len(word), word))[:LONGEST]
+        by_length = sorted(found, key=lambda word: (-len(word), word))
+        longest = [w for i, w in enumerate(by_length) if i < LONGEST or len(w) >= LONG]
         return Report(
             metrics={"best_cosine": float(self.score.mean())},
             details={"words": len(found), "longest_words": longest[:20]},
@@ -44,8 +49,8 @@ class OpinionsMeasures(Measures):
                     ("word", "images", "times"), [(word, *found[word]) for word in common]
                 ),
                 "longest_words": Table(
-                    ("word", "letters", "images"),
-                    [(word, len(word), found[word][0]) for word in longest],
+                    ("word", "letters", "images", "times"),
+                    [(word, len(word), *found[word]) for word in longest],
                 ),
             },
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -66,12 +66,19 @@ def columns_of(runs: Sequence[Run], names: Sequence[str]) -> list[Column]:
     """All answers of runs, which are called ``names``."""
     columns = []
     for run, name in zip(runs, names, strict=True):
-        methods = run.settings["task"].get("methods") or [None]
+        methods = _methods(run.settings["task"])
         for method in methods:
             parts = [name] if len(runs) > 1 else []
             parts += [method] if method and (len(methods) > 1 or len(runs) == 1) else []
             columns.append(Column(run, method, " · ".join(parts) or "prediction"))
     return columns
+
+
+def _methods(task: Mapping[str, Any]) -> list[str | None]:
+    """All that a task's settings let explain an image; None for what has no name of its own."""
+    if "beside" in task:  # words with maps of the task's own, and others beside
+        return [None, *task["beside"], *(["sam"] if task.get("sam") else [])]
+    return list(task.get("methods") or [None])
 
 
 class Item:

@@ -340,12 +340,13 @@ class Points(Result):
         if texts is None:
             return None
         listed = {name: entry["mask"] for name, entry in texts.items() if "mask" in entry}
+        words = "words" in stored.record
         height, width = stored.record["size"]
         return cls(
             (height, width),
             {name: entry["points"] for name, entry in texts.items()},
             {name: entry["labels"] for name, entry in texts.items()},
-            Masks.read_listed(stored, listed, words=False) if listed else None,
+            Masks.read_listed(stored, listed, words=words) if listed else None,
             [texts[name]["score"] for name in listed],
         )
 

@@ -8,7 +8,14 @@ import torch.nn.functional as F
 
 from surgery import load_backbone
 from surgery.metrics import WordCounts
-from surgery.opinions import ascend, mean_feature, seed_from, views, word_frequencies
+from surgery.opinions import (
+    ascend,
+    fresh_features,
+    mean_feature,
+    seed_from,
+    views,
+    word_frequencies,
+)
 
 TINY = {
     "embed_dim": 32,
@@ -47,15 +54,15 @@ def climb(backbone, target, **options):
         "sequences": 3,
         "length": 4,
         "steps": 24,
-        "lr": 1.0,
         "seed": 1,
         "micro_batch": 3,
     }
     return ascend(backbone, backbone.tokenizer, target, **{**defaults, **options})
 
 
-def test_the_cosine_rises_for_every_sequence(backbone, target):
-    found = climb(backbone, target)
+@pytest.mark.parametrize("optimiser", ["momentum", "adam"])
+def test_the_cosine_rises_for_every_sequence(optimiser, backbone, target):
+    found = climb(backbone, target, optimiser=optimiser)
     assert found.ids.shape == (24, 3, 4)
     assert (found.scores[-6:].mean(0) > found.scores[:3].mean(0) + 0.2).all()
     assert int(found.ids.max()) < 49406  # neither start nor end
@@ -68,6 +75,36 @@ def test_scores_are_those_of_the_texts(backbone, target):
         text = torch.tensor([[49406, *ids.tolist(), 49407]])
         feature = F.normalize(backbone.encode_text(text)[0], dim=0)
         assert float(feature @ target) == pytest.approx(float(score), abs=1e-5)
+
+
+def test_a_prompt_stands_before_the_tokens_and_stays(backbone, target):
+    found = climb(backbone, target, steps=3, prompt="a photo of")
+    assert found.ids.shape == (3, 3, 4)
+    prompt = backbone.tokenizer(["a photo of"])[0, 1:4].tolist()
+    for ids, score in zip(found.ids[-1], found.scores[-1], strict=True):
+        text = torch.tensor([[49406, *prompt, *ids.tolist(), 49407]])
+        feature = F.normalize(backbone.encode_text(text)[0], dim=0)
+        assert float(feature @ target) == pytest.approx(float(score), abs=1e-5)
+    with pytest.raises(ValueError, match="1 to 11 tokens after the prompt"):
+        climb(backbone, target, length=12, prompt="a photo of")
+    with pytest.raises(ValueError, match="1 to 0 tokens"):
+        climb(backbone, target, prompt="word " * 90)
+
+
+def test_every_step_may_have_views_of_its_own(backbone, target):
+    image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    features = fresh_features(backbone, image, 3, 4, seed=1, micro_batch=2)
+    assert features.shape == (4, backbone.embed_dim)
+    assert len(features.unique(dim=0)) == 4
+    again = fresh_features(backbone, image, 3, 2, seed=1, micro_batch=2)
+    assert torch.equal(again, features[:2])
+    # The same target in every step is one target; each step follows its own, all are judged alike.
+    same = climb(backbone, target.expand(6, -1), steps=6)
+    assert torch.equal(same.ids, climb(backbone, target, steps=6).ids)
+    turned = torch.stack([target, -target])
+    found = climb(backbone, turned, steps=2)
+    assert torch.equal(found.ids[1], climb(backbone, target, steps=2).ids[1])
+    assert found.scores.abs().max() < 1e-6
 
 
 def test_only_tokens_that_the_weights_know_are_chosen():

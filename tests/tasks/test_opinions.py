@@ -7,12 +7,18 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from common import signals
+from datamodules.shapes import INFO
 from surgery.backbone import Backbone
+from tasks import Run
 from tasks.__main__ import main
+from tasks.measures.opinions import OpinionsMeasures
+from tasks.run.results import Points
 from tests.tasks.conftest import members, same_results
+from tests.tasks.test_interactive import sam_folder
 
 FAST = (
     "--model.steps=6",
@@ -52,12 +58,21 @@ def test_words_and_maps(run):
         assert list(record["words"]) == list(record["frequencies"])[:2]
         scores = np.load(io.BytesIO(found[f"{key}.scores.npy"]))
         assert scores.shape == (len(record["words"]), 6, 6)
+        (plain,) = record["methods"]
+        assert plain == "clip"
+        beside = record["methods"][plain]["words"]
+        assert list(beside) == list(record["words"])
+        plain_scores = np.load(io.BytesIO(found[f"{key}.clip.scores.npy"]))
+        assert plain_scores.shape == scores.shape
+        assert not np.array_equal(plain_scores, scores)
+        assert all(f"{key}.clip.{file}" in found for file in beside.values())
         for file in record["words"].values():
             mask = np.asarray(Image.open(io.BytesIO(found[f"{key}.{file}"])))
             assert mask.shape == (64, 64)
             assert set(np.unique(mask)) == {0, 255}
             overlay = file.replace("mask.", "map.").replace(".png", ".jpg")
             assert f"{key}.{overlay}" in found
+            assert f"{key}.clip.{overlay}" in found
 
 
 def test_summary(run):
@@ -76,6 +91,52 @@ def test_summary(run):
     best = [record["opinions"][0]["score"] for record in records]
     assert summary["metrics"]["best_cosine"] == pytest.approx(np.mean(best), abs=1e-5)
     assert summary["details"]["longest_words"] == longest[:20]
+
+
+def test_words_above_a_count_with_a_prompt_by_adam_with_sam(predict, two_scenes, tmp_path):
+    sam = sam_folder(tmp_path / "sam", "sam")
+    folder = predict(
+        tmp_path / "run",
+        *FAST,
+        two_scenes,
+        "--model.explained=null",
+        "--model.min_count=2",
+        "--model.prompt=a red",
+        "--model.optimiser=adam",
+        "--model.fresh_views=true",
+        "--model.beside=[]",
+        f"--model.sam={sam}",
+        "--writer.overlays=true",
+        task="Opinions",
+    )
+    run = Run.load(folder)
+    assert run.settings["task"]["lr"] == 5
+    assert "sam" in json.loads((folder / "run.json").read_text())["identity"]
+    explained = 0
+    for image in run.images():
+        record = image.record
+        often = [word for word, times in record["frequencies"].items() if times >= 2]
+        assert list(record["words"]) == often
+        explained += len(often)
+        assert all(text["text"].startswith("a red ") for text in record["opinions"])
+        if often:
+            points = image.get(Points, "sam")
+            assert list(points.points) == often
+            assert points.masks.masks.shape == (len(often), 64, 64)
+            drawn = [name for name in image.pictures if name.startswith("sam.points.")]
+            assert len(drawn) == len(often)
+    assert explained
+    assert main(["report", str(folder)]) == 0
+
+
+def test_all_long_words_are_listed():
+    measures = OpinionsMeasures(INFO)
+    words = [f"{letter}{'x' * 9}" for letter in "abcdefghijklm"] * 10
+    words = [f"{word}{i}" for i, word in enumerate(words)]
+    measures.update({**dict.fromkeys(words, 2), "short": 1}, torch.tensor(0.5))
+    rows = measures.report().tables["longest_words"].rows
+    assert {row[0] for row in rows} == set(words)
+    assert rows[0][1:] == (13, 1, 2)
 
 
 def test_an_image_does_not_feel_its_batch(run, predict, two_scenes, tmp_path):
