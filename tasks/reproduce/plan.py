@@ -25,6 +25,7 @@ class Reading:
         task: in place of the one that the config has; "" for that.
         setting: what sets it apart from other readings of the same number; "" for the first.
         hint: what to do where the run doesn't have the metric.
+        demo_options: in place of the options on the demo world, whose images are smaller.
     """
 
     config: str
@@ -34,6 +35,11 @@ class Reading:
     task: str = ""
     setting: str = ""
     hint: str = ""
+    demo_options: tuple[str, ...] | None = None
+
+    def options_of(self, demo: bool) -> tuple[str, ...]:
+        """The options in the demo, or of the paper's own run."""
+        return self.options if not demo or self.demo_options is None else self.demo_options
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,8 @@ def jobs(wanted: Sequence[Cell], demo: bool = False) -> list[Job]:
         own = _experiment(reading.config)["model"]["class_path"].rpartition(".")[2]
         task = reading.task or own
         config = f"demo_{task.lower()}" if demo else reading.config
-        job = found.setdefault((config, task, *reading.options), Job(config, task, reading.options))
+        options = reading.options_of(demo)
+        job = found.setdefault((config, task, *options), Job(config, task, options))
         job.cells.append(cell)
         if reading.method and reading.method not in job.methods:
             job.methods.append(reading.method)
