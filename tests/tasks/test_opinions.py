@@ -99,6 +99,8 @@ def test_words_above_a_count_with_a_prompt_by_adam_with_sam(predict, two_scenes,
         tmp_path / "run",
         *FAST,
         two_scenes,
+        "--model.backbone.model=demo",  # few words, so that some are met often
+        "--model.backbone.pretrained=demo",
         "--model.explained=null",
         "--model.min_count=2",
         "--model.prompt=a red",
