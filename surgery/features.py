@@ -179,6 +179,25 @@ def merged_predictions(
     return (similarity(class_token[:, None], text)[:, 0] + local) / 2
 
 
+def min_max(maps: Tensor) -> Tensor:
+    """Each map from its smallest to its largest value (the normalisation of Equation 1).
+
+    Args:
+        maps: [..., h, w].
+
+    Returns:
+        [..., h, w] in [0, 1]; a constant map gives zeros.
+
+    Example:
+        >>> min_max(torch.tensor([[-2.0, 0.0], [1.0, 2.0]]))
+        tensor([[0.0000, 0.5000],
+                [0.7500, 1.0000]])
+    """
+    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    span = high - low
+    return (maps - low) / torch.where(span > 0, span, torch.ones_like(span))
+
+
 def similarity_map(
     similarity: Tensor,
     grid: tuple[int, int],
@@ -195,7 +214,8 @@ def similarity_map(
         grid: (h, w).
         size: (H, W) of the maps.
         order: "code" (as released): each map is scaled to [0, 1] by its smallest and largest cell,
-            and then enlarged; "paper" (Equation 1): enlarged first.
+            and then enlarged; "paper" (Equation 1): enlarged first, which is `min_max` of the
+            maps that "code" gives.
 
     Returns:
         [B, T, H, W] in [0, 1]; a constant map gives zeros.
@@ -215,13 +235,13 @@ def similarity_map(
     if order not in ("code", "paper"):
         raise ValueError(f"order={order!r}: expected 'code' or 'paper'")
     # Scaling first does not change what scaling last gives, but keeps constant maps constant.
-    maps = _min_max(widen(similarity).transpose(1, 2).unflatten(-1, grid))
+    maps = min_max(widen(similarity).transpose(1, 2).unflatten(-1, grid))
     if not maps.numel():  # torch enlarges nothing but what is there
         return maps.new_zeros(*maps.shape[:2], *size)
     if len(maps) == 1:  # else torch enlarges into one layout and copies that into another
         maps = maps.contiguous()
     maps = F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
-    return maps if order == "code" else _min_max(maps)
+    return maps if order == "code" else min_max(maps)
 
 
 def similarity_to_points(
@@ -265,12 +285,12 @@ def similarity_to_points(
             f"similarity: expected [{grid[0] * grid[1]}] for grid {grid}, "
             f"given {list(similarity.shape)}"
         )
-    cells = _min_max(widen(similarity).view(1, 1, *grid))
+    cells = min_max(widen(similarity).view(1, 1, *grid))
     height, width = (max(side // down_sample, 1) for side in grid)
     if height * width == 1:
         height, width = grid
     cells = F.interpolate(cells, size=(height, width), mode="bilinear", align_corners=False)
-    scores = _min_max(cells)[0, 0].flatten()
+    scores = min_max(cells)[0, 0].flatten()
     order = scores.argsort(stable=True)
     count = min(int((scores >= threshold).sum()), len(scores) // 2)
     if not scores.any():
@@ -286,13 +306,6 @@ def similarity_to_points(
 
 def _unit(x: Tensor) -> Tensor:
     return F.normalize(widen(x), dim=-1)
-
-
-def _min_max(maps: Tensor) -> Tensor:
-    """Each map [..., h, w] to [0, 1]; a constant one to 0."""
-    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
-    span = high - low
-    return (maps - low) / torch.where(span > 0, span, torch.ones_like(span))
 
 
 def _check_form(form: str) -> None:

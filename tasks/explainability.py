@@ -13,6 +13,7 @@ from torch import Tensor
 from common.errors import InvalidSetting
 from datamodules._samples import Batch
 from surgery import METHODS, similarity_map
+from surgery.features import min_max
 from surgery.methods import check_methods
 from tasks._draw import Look, heat_maps
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
@@ -99,10 +100,14 @@ class Explainability(Task):
                 images = places
             size = batch.samples[group[0]].size
             chosen = {m: of[images, classes] for m, of in similarities.items()}
-            maps.append({m: _maps(scores, size, self.order) for m, scores in chosen.items()})
-            if labels := [s.label for i in group if (s := batch.samples[i]).label is not None]:
-                other = self.measures.other
-                others = {m: _maps(scores, size, other) for m, scores in chosen.items()}
+            labels = [s.label for i in group if (s := batch.samples[i]).label is not None]
+            code = {m: _maps(scores, size, "code") for m, scores in chosen.items()}
+            paper = {}
+            if labels or self.order == "paper":
+                paper = {m: min_max(values) for m, values in code.items()}
+            maps.append(code if self.order == "code" else paper)
+            if labels:
+                others = paper if self.order == "code" else code
                 self.measures.update(maps[-1], others, labels, places, classes)
         return self._results(batch, shown, groups, explained, maps)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -50,16 +52,36 @@ class MeanScoreContrast(Metric):
             valid: bool [H,W] or [P,H,W]; pixels that count as foreground or background.
             classes: [P] class indices.
         """
+        self.update_together([self], [maps], foreground, valid, classes)
+
+    @staticmethod
+    def update_together(
+        metrics: Sequence[MeanScoreContrast],
+        maps: Sequence[Tensor],
+        foreground: Tensor,
+        valid: Tensor,
+        classes: Tensor,
+    ) -> None:
+        """Update several metrics, each by its own maps of the same truth, which is counted once.
+
+        Args:
+            metrics: which.
+            maps: of each, see `update`.
+            foreground: see `update`.
+            valid: see `update`.
+            classes: see `update`.
+        """
         inside = foreground & valid
         inside_count = inside.sum((1, 2), dtype=torch.int32)
         outside_count = valid.expand_as(inside).sum((1, 2), dtype=torch.int32) - inside_count
-        inside_sum = (maps * inside).sum((1, 2), dtype=torch.float64)
-        outside_sum = (maps * valid).sum((1, 2), dtype=torch.float64) - inside_sum
         usable = (inside_count > 0) & (outside_count > 0)
-        difference = inside_sum / inside_count - outside_sum / outside_count
-        classes = classes.long()
-        add_rows(self.contrast, classes, torch.where(usable, difference, 0.0))
-        add_rows(self.images, classes, usable.long())
+        classes, counted = classes.long(), usable.long()
+        for metric, values in zip(metrics, maps, strict=True):
+            inside_sum = (values * inside).sum((1, 2), dtype=torch.float64)
+            outside_sum = (values * valid).sum((1, 2), dtype=torch.float64) - inside_sum
+            difference = inside_sum / inside_count - outside_sum / outside_count
+            add_rows(metric.contrast, classes, torch.where(usable, difference, 0.0))
+            add_rows(metric.images, classes, counted)
 
     def per_class(self) -> Tensor:
         """[K] contrast of each class, NaN where no image has it."""

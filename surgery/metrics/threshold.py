@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -59,19 +61,39 @@ class ThresholdIoU(Metric):
             valid: bool [H,W] or [P,H,W]; pixels that count as foreground or background.
             classes: [P] class indices.
         """
-        count, classes = len(maps), classes.long()
+        self.update_together([self], [maps], foreground, valid, classes)
+
+    @staticmethod
+    def update_together(
+        metrics: Sequence[ThresholdIoU],
+        maps: Sequence[Tensor],
+        foreground: Tensor,
+        valid: Tensor,
+        classes: Tensor,
+    ) -> None:
+        """Update several metrics of as many thresholds, each by its own maps of the same truth.
+
+        Args:
+            metrics: which.
+            maps: of each, see `update`; their codes are in memory at once, 4 bytes a pixel.
+            foreground: see `update`.
+            valid: see `update`.
+            classes: see `update`.
+        """
+        bins, classes = metrics[0].thresholds, classes.long()
         # Bin b holds the values that are >= threshold b and < threshold b + 1.
-        bins = self.thresholds
-        codes = (maps.float() * bins).int().clamp_(0, bins - 1)
+        codes = (torch.stack([*maps]).float() * bins).int().clamp_(0, bins - 1)
         codes += foreground.int() * bins
-        rows = torch.arange(count, dtype=torch.int32, device=maps.device)
-        codes += rows.view(-1, 1, 1) * 2 * bins
-        histogram = count_codes(codes, valid, count * 2 * bins)
-        outside, inside = histogram.view(count, 2, bins).unbind(1)
-        add_rows(self.inside, classes, inside)
-        add_rows(self.outside, classes, outside)
-        add_rows(self.image_iou, classes, _iou(inside, outside).nan_to_num(0.0))
-        add_rows(self.images, classes, torch.ones_like(classes))
+        rows = torch.arange(len(metrics) * len(classes), dtype=torch.int32, device=codes.device)
+        codes += rows.view(len(metrics), -1, 1, 1) * 2 * bins
+        histogram = count_codes(codes, valid, len(rows) * 2 * bins)
+        outside, inside = histogram.view(len(metrics), -1, 2, bins).unbind(2)
+        ious, ones = _iou(inside, outside).nan_to_num(0.0), torch.ones_like(classes)
+        for i, metric in enumerate(metrics):
+            add_rows(metric.inside, classes, inside[i])
+            add_rows(metric.outside, classes, outside[i])
+            add_rows(metric.image_iou, classes, ious[i])
+            add_rows(metric.images, classes, ones)
 
     def per_class(self) -> Tensor:
         """[K] IoU of each class at the best threshold, NaN where no image has it."""

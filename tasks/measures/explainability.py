@@ -90,11 +90,12 @@ class ExplainabilityMeasures(Measures):
             void=self.void,
             images=images if several and labels[0].ndim == 2 else None,
         )
-        for method, values in maps.items():
-            self.contrast[method].update(values, foreground, valid, classes)
-            self.iou[method].update(values, foreground, valid, classes)
-            for metric in self.others[method]:
-                metric.update(others[method], foreground, valid, classes)
+        truth = (foreground, valid, classes)
+        for method in maps:
+            contrast, iou = self.others[method]
+            both = [maps[method], others[method]]
+            MeanScoreContrast.update_together([self.contrast[method], contrast], both, *truth)
+            ThresholdIoU.update_together([self.iou[method], iou], both, *truth)
 
     def report(self) -> Report:
         """mIoU at the best threshold and mSC, with the class-wise numbers."""

@@ -119,7 +119,8 @@ def test_help_knows_the_fields_that_it_names(capsys):
         ),
     ],
 )
-def test_an_error_names_the_nearest_that_there_is(words, near, capsys):
+def test_an_error_names_the_nearest_that_there_is(words, near, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # away from runs/demo, which whoever tried the README has made
     try:
         code = main(words)
     except SystemExit as stop:
