@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import logging
 import multiprocessing
 import os
 import pickle
 import signal
+import tempfile
 import threading
 import time
 import traceback
@@ -15,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.process import BaseProcess
+from multiprocessing.queues import Queue
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
@@ -72,7 +75,7 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         loader = DataLoader(
-            _Carried(self.stream) if self.workers else self.stream,
+            _Told(self.stream) if self.workers else self.stream,
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=self.workers,
@@ -161,7 +164,7 @@ class _Failure:
     """An exception of a worker on its way to the process that it works for."""
 
     def __init__(self, error: Exception) -> None:
-        self.traceback = traceback.format_exc()
+        self.traceback = "".join(traceback.format_exception(error))
         try:
             pickle.loads(pickle.dumps(error))
             self.error = error
@@ -169,11 +172,8 @@ class _Failure:
             self.error = RuntimeError(f"{type(error).__name__}: {error}")
 
 
-class _Carried(IterableDataset[Any]):
-    """A stream in a worker, its tensors in shared memory already.
-
-    torch would move them there in a thread whose errors reach nobody; the batch would just be lost.
-    """
+class _Told(IterableDataset[Any]):
+    """A stream in a worker, whose exceptions are told to the process that it works for."""
 
     def __init__(self, stream: IterableDataset[Batch]) -> None:
         super().__init__()
@@ -181,22 +181,41 @@ class _Carried(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Batch | _Failure]:
         try:
-            for batch in self.stream:
-                try:
-                    shared = batch.share_memory()
-                except RuntimeError as error:
-                    raise LoaderError(
-                        f"a loader worker could not hand over a batch ({error}): make room in shared "
-                        "memory (/dev/shm; docker run --shm-size), lift a limit on file sizes "
-                        "(ulimit -f), or set --data.num_workers 0"
-                    ) from error
-                yield shared
+            yield from self.stream
         except Exception as error:
             yield _Failure(error)
 
 
+def _tell_of_loss(queue: Queue[Any], error: Exception, sent: Any) -> None:
+    """Send word of a batch that could not be sent; called in the thread that a queue sends from.
+
+    Args:
+        queue: to the process that this one works for.
+        error: what was met.
+        sent: by torch: the batch's number and the batch.
+    """
+    if not isinstance(sent, tuple):  # the pipe broke: nobody is there to be told
+        return
+    if "AF_UNIX path too long" in str(error):
+        what = f"set TMPDIR, {tempfile.gettempdir()}, to a shorter path: sockets are made there"
+    elif getattr(error, "errno", 0) == errno.EMFILE:
+        what = "lift the limit on open files (ulimit -n)"
+    else:
+        what = (
+            "make room in shared memory (/dev/shm; docker run --shm-size), lift a limit on file sizes "
+            "(ulimit -f)"
+        )
+    said = f"a loader worker could not hand over a batch ({error}): {what}, or set --data.num_workers 0"
+    failure = LoaderError(said)
+    failure.__cause__ = error
+    queue.put((sent[0], _Failure(failure)))
+
+
 def _begin_worker(give_way: bool, number: int) -> None:
     signals.leave_to_parent()
+    # Else the batch would be lost, and its reason printed by a thread that nobody hears. The hook is
+    # there for `concurrent.futures`; torch has none of its own.
+    Queue._on_queue_feeder_error = _tell_of_loss  # type: ignore[attr-defined]
     if give_way and hasattr(os, "nice"):
         os.nice(10)  # the model's threads wait for the slowest one
 

@@ -271,10 +271,6 @@ class Batch:
         """The batch in memory that a GPU can fetch it from."""
         return self._moved(Tensor.pin_memory)
 
-    def share_memory(self) -> Batch:
-        """The batch in memory that other processes can read."""
-        return self._moved(Tensor.share_memory_)
-
     def __reduce__(self) -> Any:
         bare, buffer = self._pack()
         return _unpack, (self.shard, self.start, self.total, bare, self.errors, buffer)

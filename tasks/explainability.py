@@ -53,7 +53,7 @@ class Explainability(Task):
     def __init__(
         self,
         backbone: BackboneConfig = DEFAULT_BACKBONE,
-        methods: Sequence[str] = ("surgery",),
+        methods: Sequence[str] | str = ("surgery",),
         feature_surgery: Literal["code", "paper", "none"] = "code",
         tau: float = 2.0,
         order: Literal["code", "paper"] = "code",

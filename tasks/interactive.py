@@ -63,7 +63,7 @@ class Interactive(SamTask):
     def __init__(
         self,
         backbone: BackboneConfig = DEFAULT_BACKBONE,
-        methods: Sequence[str] = ("surgery",),
+        methods: Sequence[str] | str = ("surgery",),
         sam: str | None = None,
         threshold: float = 0.8,
         down_sample: int = 2,

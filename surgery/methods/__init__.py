@@ -207,13 +207,14 @@ def check_towers(names: Sequence[str], backbone: Backbone) -> None:
             )
 
 
-def check_methods(names: Sequence[str]) -> list[str]:
-    """Names of methods, in their order.
+def check_methods(names: str | Sequence[str]) -> list[str]:
+    """Names of methods, or of a single one, in their order.
 
     Raises:
         InvalidSetting: none, one of them twice, or one that there is not.
     """
-    if isinstance(names, str) or not names or len({*names}) < len(names):
+    names = [names] if isinstance(names, str) else names
+    if not names or len({*names}) < len(names):
         raise InvalidSetting(
             f"methods: expected different ones of {', '.join(METHODS)}, got {names}"
         )

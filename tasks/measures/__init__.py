@@ -10,16 +10,35 @@ from datamodules._samples import DatasetInfo
 from tasks import TASKS
 from tasks.measures._measures import Cell, Measures, Report, Table
 
-__all__ = ["Cell", "Measures", "Report", "Table", "measures_of"]
+__all__ = ["Cell", "Measures", "Report", "Table", "measures_of", "path_of"]
 
 
-def measures_of(task: str, info: DatasetInfo, settings: Mapping[str, Any]) -> Measures:
-    """The empty measures of a task by its class name, with its settings.
+_OURS = {task: (f"tasks.measures.{module}", f"{task}Measures") for module, task in TASKS.items()}
+"""Task -> module and class of what it measures."""
+
+
+def measures_of(
+    task: str, info: DatasetInfo, settings: Mapping[str, Any], path: str | None = None
+) -> Measures:
+    """The empty measures of a task, with its settings.
+
+    Args:
+        task: name of its class.
+        info: the data set.
+        settings: of the task.
+        path: ``module.Class`` of the measures, as `path_of` tells; by default those of the project's
+            task of that name.
 
     Raises:
-        KeyError: not one of the project's tasks, or a setting is missing.
+        KeyError: they are not the project's, which alone are imported, or a setting is missing.
     """
-    modules = {cls: module for module, cls in TASKS.items()}
-    module = import_module(f"tasks.measures.{modules[task]}")
-    measures: type[Measures] = getattr(module, f"{task}Measures")
+    places = {f"{module}.{cls}": (module, cls) for module, cls in _OURS.values()}
+    places[path_of(Measures)] = (Measures.__module__, Measures.__qualname__)
+    module, cls = places[path] if path else _OURS[task]
+    measures: type[Measures] = getattr(import_module(module), cls)
     return measures.of(info, settings)
+
+
+def path_of(measures: type[Measures]) -> str:
+    """Module and class of measures, as ``run.json`` names them."""
+    return f"{measures.__module__}.{measures.__qualname__}"

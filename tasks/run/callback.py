@@ -27,7 +27,7 @@ from surgery.visualize import colours
 from tasks._draw import LOOK, Look
 from tasks._task import Task
 from tasks._text_features import digest_of_texts
-from tasks.measures import Report
+from tasks.measures import Report, path_of
 from tasks.run.errors import RunError
 from tasks.run.folder import Run
 from tasks.run.memory import peak, reset_peak
@@ -143,6 +143,7 @@ class ResultWriter(BasePredictionWriter):
             "shards": [name for name, _ in task.datamodule.shard_list()],
             "contents": task.datamodule.contents(),
             "info": asdict(task.info),
+            "measures": path_of(task.measured_by),
             **task.described(),
             "versions": {name: version(name) for name in _PACKAGES} | {"source": source_digest()},
         }

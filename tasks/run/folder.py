@@ -175,16 +175,19 @@ class Run:
         """The empty measures of this run's task.
 
         Raises:
-            RunError: the task is none of the project's.
+            RunError: they are none of the project's, or a setting that they need is missing.
         """
         from tasks.measures import measures_of
 
         settings = self.settings["task"]
+        task, path = settings.get("class"), self.described.get("measures")
         try:
-            return measures_of(settings["class"], self.info, settings)
+            return measures_of(task, self.info, settings, path)
         except KeyError as error:
             raise RunError(
-                f"{self.folder / MARKER}: a run of an unknown task, {settings.get('class')!r} ({error})"
+                f"{self.folder / MARKER}: a run of the task {task!r}, of which this package doesn't know "
+                f"{error}. If the task is your own, give the config that names it: `lightning metrics "
+                f"{self.folder} --config CONFIG`"
             ) from None
 
     @classmethod

@@ -21,7 +21,7 @@ from datamodules._convert import Source, sample_members, write_shards
 from datamodules._samples import DatasetInfo
 from tasks.__main__ import main
 from tests.datamodules.fakes import fake_coco, fake_voc, picture
-from tests.tasks.conftest import TINY
+from tests.tasks.conftest import FOREVER, TINY
 
 ROOT = Path(__file__).parents[2]
 INFO = DatasetInfo("toy", ("cat", "dog"))
@@ -57,7 +57,7 @@ def test_killed_in_the_middle_and_run_again(tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     try:
-        deadline = time.time() + 60
+        deadline = time.time() + FOREVER
         while not (tmp_path / "out" / "000001.tar").exists() and time.time() < deadline:
             time.sleep(0.02)
     finally:
@@ -176,7 +176,7 @@ def killed_after(folder: Path, words: list[str], name: str) -> None:
     """Run a command in a process of its own, and kill it when it has made a file."""
     process = subprocess.Popen([sys.executable, "-m", "tasks", *words], cwd=ROOT)
     try:
-        deadline = time.time() + 120
+        deadline = time.time() + FOREVER
         while not (folder / name).exists() and process.poll() is None and time.time() < deadline:
             time.sleep(0.002)
     finally:
@@ -253,7 +253,7 @@ def test_two_conversions_into_one_folder_make_one_data_set(tmp_path):
         subprocess.Popen([sys.executable, "-m", "tasks", *words, str(tmp_path / "both")], cwd=ROOT)
         for _ in range(2)
     ]
-    assert [process.wait(timeout=240) for process in both] == [0, 0]
+    assert [process.wait(timeout=FOREVER) for process in both] == [0, 0]
     assert checksums(tmp_path / "both") == checksums(tmp_path / "alone")
     assert not list((tmp_path / "both").glob("*.partial"))
 

@@ -109,7 +109,7 @@ class Server(ThreadingHTTPServer):
         request.end_headers()
         request.wfile.write(content[:1000])
         request.wfile.flush()
-        self.released.wait(60)
+        self.released.wait()
 
 
 @pytest.fixture

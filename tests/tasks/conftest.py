@@ -9,6 +9,9 @@ import pytest
 
 from tasks.__main__ import main
 
+FOREVER = 900.0
+"""Seconds after which a process is taken for one that never ends, on however busy a machine."""
+
 TINY = {
     "embed_dim": 32,
     "vision_cfg": {

@@ -399,6 +399,60 @@ def test_a_task_of_ones_own_lies_beside_the_config(tmp_path, monkeypatch, capsys
     assert (task["void"], task["backbone"]["blocks"]) == ("ignore", 6)
 
 
+MEASURED = """
+from tasks.measures import Report
+from tasks.measures.explainability import ExplainabilityMeasures
+from tasks import Explainability
+
+class MyMeasures(ExplainabilityMeasures):
+    def report(self):
+        return Report({"mine": super().report().metrics["mIoU"]})
+
+class MyTask(Explainability):
+    measured_by = MyMeasures
+"""
+
+
+@pytest.mark.parametrize("measures", ["own", "ours"])
+def test_the_metrics_of_a_task_of_ones_own(measures, tmp_path, monkeypatch, capsys, command):
+    text = MEASURED if measures == "own" else MEASURED.replace("measured_by = My", "named_by = My")
+    path, run = tmp_path / "own.yaml", tmp_path / "run"
+    (tmp_path / f"measured_{measures}.py").write_text(text)
+    path.write_text(f"model: {{class_path: measured_{measures}.MyTask}}")
+    monkeypatch.setattr("sys.path", [*sys.path])
+    assert (
+        main([w for w in command(run, "--config", path, task="") if w not in ("--model", "")]) == 0
+    )
+    before = (run / "metrics.json").read_bytes()
+    assert ("mine" in json.loads(before)["metrics"]) == (measures == "own")
+    (run / "metrics.json").unlink()
+    assert main(["metrics", str(run)]) == (1 if measures == "own" else 0)
+    if measures == "own":  # nothing that a run's folder names is imported
+        told = capsys.readouterr().err
+        assert "measured_own.MyMeasures" in told
+        assert f"lightning metrics {run} --config CONFIG" in told
+        assert main(["metrics", str(run), "--config", "demo"]) == 1
+        assert "names Explainability, and" in capsys.readouterr().err
+        assert main(["metrics", str(run), "--config", str(path)]) == 0
+    assert (run / "metrics.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        ("surgey", "no method 'surgey' among surgery, "),
+        ("[clip, grad_cam2]", "did you mean 'grad_cam'?"),
+        ("[clip, clip]", "expected different ones of surgery, "),
+        ("[]", "expected different ones of surgery, "),
+    ],
+)
+def test_a_mistyped_method_is_told_with_those_there_are(methods, said, capsys):
+    assert main(["predict", *VOC, "--data.shards=x", "--model.methods", methods]) == 1
+    told = capsys.readouterr().err
+    assert said in told
+    assert len(told.splitlines()) == 1
+
+
 def test_the_current_folder_is_not_where_classes_are_looked_for(tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('imported from the current folder')")
     (tmp_path / "json.py").write_text("raise SystemExit('imported from the current folder')")

@@ -7,12 +7,14 @@ import gzip
 import http.server
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -30,7 +32,7 @@ from surgery.backbone import Backbone
 from surgery.towers.vit import ViT
 from tasks.__main__ import main
 from tasks.run import processes, results, shard
-from tests.tasks.conftest import members, same_results
+from tests.tasks.conftest import FOREVER, members, same_results
 from tests.tasks.test_runs import add, one_thread
 
 
@@ -129,6 +131,17 @@ def test_a_batch_for_which_there_is_no_shared_memory(command, monkeypatch, tmp_p
     assert "--data.num_workers 0" in told
 
 
+def test_a_batch_for_which_there_is_no_socket(command, monkeypatch, tmp_path, capsys):
+    far = tmp_path / ("x" * 120)
+    far.mkdir()
+    monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(far))
+    assert main(command(tmp_path / "run", "--data.num_workers=1")) == 1
+    told = capsys.readouterr().err
+    assert "could not hand over a batch" in told
+    assert f"set TMPDIR, {far}, to a shorter path" in told
+
+
 def test_a_loader_worker_that_stalls(command, monkeypatch, tmp_path, capsys, caplog):
     decode = Decoder.__call__
 
@@ -219,7 +232,7 @@ def test_a_finished_shard_does_not_wait_for_the_next_one(scenes, predict, tmp_pa
     class Patient(http.server.SimpleHTTPRequestHandler):
         def do_GET(self):
             if "000001" in self.path:
-                deadline = time.monotonic() + 60
+                deadline = time.monotonic() + FOREVER
                 while not (run / "000000.tar").exists() and time.monotonic() < deadline:
                     time.sleep(0.05)
                 seen.append((run / "000000.tar").exists())
@@ -315,7 +328,7 @@ def test_a_signal_stops_a_run(number, ranks, everybody, finished, command, tmp_p
     process = start(command(run, "--data.num_workers=2", *devices(ranks)))
     wait_for(run, process)
     (os.killpg if everybody else os.kill)(process.pid, number)
-    _, told = process.communicate(timeout=120)
+    _, told = process.communicate(timeout=FOREVER)
     assert process.returncode == (130 if number == signal.SIGINT else 143)
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     assert told.count(f"lightning predict: stopped by {name}") == 1
@@ -336,7 +349,7 @@ def test_a_signal_during_the_start(ranks, later, command, tmp_path):
         assert process.poll() is None
     time.sleep(later)  # importing, or loading, or waiting for the other: the same must come of it
     os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=120)
+    _, told = process.communicate(timeout=FOREVER)
     assert process.returncode == 130
     assert "lightning predict: stopped by Ctrl-C" in told
     assert "Traceback" not in told
@@ -362,7 +375,7 @@ def test_a_signal_for_other_commands(words, number, scenes, tmp_path):
         assert process.poll() is None
     time.sleep(1)
     os.killpg(process.pid, number)
-    _, told = process.communicate(timeout=120)
+    _, told = process.communicate(timeout=FOREVER)
     name, code = ("Ctrl-C", 130) if number == signal.SIGINT else ("SIGHUP", 143)
     assert process.returncode == code
     assert f"lightning shards: stopped by {name}" in told
@@ -379,7 +392,7 @@ def test_the_others_end_when_the_first_rank_is_killed_during_its_start(later, co
         assert process.poll() is None
     time.sleep(later)
     process.kill()
-    process.communicate(timeout=120)
+    process.communicate(timeout=FOREVER)
     while alive(process.pid):
         time.sleep(0.05)
 
@@ -395,7 +408,7 @@ def test_a_rank_that_is_killed_ends_all_others(command, tmp_path):
         time.sleep(0.05)
     victim = min(pid for pid in alive(process.pid) if local_rank(pid) == 1)
     os.kill(victim, signal.SIGKILL)
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=FOREVER)
     assert process.returncode == 1
     assert told.count("lightning predict: process 1 of the run died of SIGKILL") == 1
     assert "run the same command again" in told
@@ -416,7 +429,7 @@ def test_sigterm_while_a_rank_waits_for_another(finished, command, tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
     process.terminate()
-    assert process.wait(60) == 128 + signal.SIGTERM
+    assert process.wait(FOREVER) == 128 + signal.SIGTERM
     assert not (run / "000000.tar").exists()
     assert main(command(run)) == 0
     assert same_results(finished, run)
@@ -453,10 +466,10 @@ def test_a_killed_rank_and_a_restart_with_more(finished, command, tmp_path):
     )
     wait_for(run, process)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait(60)
+    process.wait(FOREVER)
     words = command(run, "--trainer.devices=3", "--trainer.strategy=ddp")
     subprocess.run(
-        [sys.executable, "-m", "tasks", *words], check=True, timeout=300, env=one_thread()
+        [sys.executable, "-m", "tasks", *words], check=True, timeout=FOREVER, env=one_thread()
     )
     assert same_results(finished, run)
 
@@ -522,9 +535,6 @@ def slowly() -> dict[str, str]:
 
 def wait_for(run: Path, process: subprocess.Popen[Any]) -> None:
     """Until the first output shard is there."""
-    for _ in range(6000):
-        if list(run.glob("*.tar")):
-            return
+    while not list(run.glob("*.tar")):
         assert process.poll() is None
         time.sleep(0.05)
-    raise AssertionError("no shard within five minutes")

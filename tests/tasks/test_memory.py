@@ -16,10 +16,11 @@ def test_growth_is_measured_from_the_first_thousand_on():
 
 @pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_stays_flat_over_20000_samples(tmp_path):
-    run = start(tmp_path, 20_000, "Explainability", 2)
+def test_memory_stays_flat(tmp_path):
+    run = start(tmp_path, 5_000, "Explainability", 2)
     readings = list(follow(run, tmp_path / "run"))
     assert run.returncode == 0
     grown = growth(readings)
-    assert grown.images > 19_000
-    assert max(grown.main, grown.workers) < 0.05, readings
+    assert grown.images > 4_000
+    # 1 % is 2 kB an image; over 20,000 images 0.02 % was measured (benchmarks/README.md).
+    assert max(grown.main, grown.workers) < 0.01, readings

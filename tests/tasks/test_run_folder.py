@@ -31,7 +31,7 @@ from tasks.run import (
     shard,
 )
 from tasks.run.lock import FolderLock, Job
-from tests.tasks.conftest import same_results
+from tests.tasks.conftest import FOREVER, same_results
 
 INFO = DatasetInfo("shapes", ("cat", "a dog"))
 
@@ -65,7 +65,7 @@ def test_reading_a_run_imports_neither_lightning_nor_open_clip(finished):
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     command = [sys.executable, "-c", code, str(finished)]
-    subprocess.run(command, check=True, timeout=120)
+    subprocess.run(command, check=True, timeout=FOREVER)
 
 
 def test_merging_a_run_needs_no_lightning(finished, tmp_path):
@@ -75,7 +75,7 @@ def test_merging_a_run_needs_no_lightning(finished, tmp_path):
         "assert not {'lightning', 'open_clip'} & set(sys.modules)"
     )
     (run / "metrics.json").unlink()
-    subprocess.run([sys.executable, "-c", code, str(run)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code, str(run)], check=True, timeout=FOREVER)
     assert (run / "metrics.json").read_bytes() == (finished / "metrics.json").read_bytes()
 
 
@@ -269,11 +269,11 @@ def test_a_lock_dies_with_its_process(tmp_path):
         with pytest.raises(RunError, match=f"process {process.pid}"):
             FolderLock(tmp_path, Job.this(0, 1))
         process.kill()
-        process.wait(60)
+        process.wait(FOREVER)
         FolderLock(tmp_path, Job.this(0, 1)).release()  # though a child of it is alive
     finally:
         os.killpg(process.pid, 9)
-        process.wait(60)
+        process.wait(FOREVER)
     assert not list(tmp_path.iterdir())
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from datamodules._samples import SampleError
 from tasks.__main__ import main
 from tasks.run.tally import Tally
-from tests.tasks.conftest import members, same_results
+from tests.tasks.conftest import FOREVER, members, same_results
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -306,7 +306,7 @@ def test_metrics_of_no_run(tmp_path, capsys):
 def test_several_processes_give_the_same_files(finished, command, tmp_path):
     words = command(tmp_path / "run", "--trainer.devices=2", "--trainer.strategy=ddp")
     subprocess.run(
-        [sys.executable, "-m", "tasks", *words], check=True, timeout=300, env=one_thread()
+        [sys.executable, "-m", "tasks", *words], check=True, timeout=FOREVER, env=one_thread()
     )
     assert same_results(finished, tmp_path / "run")
 
@@ -317,7 +317,9 @@ def test_torchrun_with_more_ranks_than_shards(predict, command, scenes, tmp_path
     one = predict(tmp_path / "one", shards)
     words = command(tmp_path / "run", shards, "--trainer.devices=3", "--trainer.strategy=ddp")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "-m", "tasks"]
-    subprocess.run([sys.executable, *launcher, *words], check=True, timeout=300, env=one_thread())
+    subprocess.run(
+        [sys.executable, *launcher, *words], check=True, timeout=FOREVER, env=one_thread()
+    )
     assert same_results(one, tmp_path / "run")
 
 
