@@ -10,11 +10,13 @@ from torch import Tensor
 
 from common.errors import InvalidSetting, MissingFile
 from surgery.backbone import load_backbone
-from surgery.explanation import Explanation, Explanations, MethodMaps
+from surgery.captions import place_tokens, read_captions
+from surgery.explanation import CaptionExplanation, Explanation, Explanations, MethodMaps
 from surgery.features import similarity_map, similarity_to_points
 from surgery.methods import check_methods, check_towers, explain
+from surgery.opinions import ascend, mean_feature, views, word_frequencies
 from surgery.prompts import TEMPLATES
-from surgery.texts import Texts
+from surgery.texts import Texts, empty_text, warn_of_unknown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -137,9 +139,7 @@ class Explainer:
     ) -> Iterator[Explanation]:
         backbone = self.backbone
         pictures = [_open(image, self.max_pixels) for image in given]
-        squashed = [np.array(_squash(picture, backbone.image_size)) for picture in pictures]
-        batch = torch.from_numpy(np.stack(squashed)).permute(0, 3, 1, 2).to(backbone.device)
-        images = backbone.preprocess(batch)
+        images = backbone.preprocess(self._pixels(pictures))
         with backbone.encoding_once(images):
             tokens = backbone.encode_image(images, texts.features)
             maps = {method: explain(backbone, images, texts, method).cpu() for method in methods}
@@ -150,6 +150,77 @@ class Explainer:
             shown = torch.from_numpy(np.array(picture))
             of = {method: _maps(values[i], size) for method, values in maps.items()}
             yield Explanation(shown, names, scores.cpu(), tokens.grid, of)
+
+    @torch.inference_mode()
+    def caption(self, image: "Picture", caption: str) -> CaptionExplanation:
+        """Which words of a caption does CLIP see in an image, and where (the paper's Figure 11)?
+
+        As the task `Multimodal`: each token loses what it shares with the empty text before it is
+        placed.
+
+        Args:
+            image: one, see `__call__`.
+            caption: of it; the model stops reading at its `context_length`.
+
+        Returns:
+            The tokens with their scores, and where each is.
+
+        Raises:
+            MissingFile: there is no such file.
+            InvalidSetting: no picture, see `__call__`, or no caption.
+        """
+        if not isinstance(caption, str) or not caption.strip():
+            raise InvalidSetting(f"caption: expected a sentence, given {caption!r}")
+        warn_of_unknown(self.backbone, [caption])
+        picture = _open(image, self.max_pixels)
+        tokens = self.backbone.encode_image(self.backbone.preprocess(self._pixels([picture])))
+        (read,) = read_captions(self.backbone, [caption])
+        placed = place_tokens(tokens, read.features, empty_text(self.backbone))[0]
+        return CaptionExplanation(
+            image=torch.from_numpy(np.array(picture)),
+            tokens=tuple(read.readable),
+            truncated=read.truncated,
+            scores=read.scores(tokens.class_token).cpu(),
+            grid=tokens.grid,
+            similarity=placed.cpu(),
+        )
+
+    @torch.inference_mode()
+    def words(self, image: "Picture", *, steps: int = 100, seed: int = 0) -> dict[str, int]:
+        """Which words would CLIP itself say of an image? Found by gradient ascent on texts.
+
+        As the task `Opinions`; takes seconds with the demo's CLIP, minutes with a large one on a CPU.
+
+        Args:
+            image: one, see `__call__`.
+            steps: of the ascent; 100 to 400 are recommended.
+            seed: of its random numbers.
+
+        Returns:
+            Word -> how often it was there, the most frequent first; to be explained as names.
+        """
+        if steps < 1:
+            raise InvalidSetting(f"steps={steps}: expected a number of steps, 1 or more")
+        (pixels,) = self._pixels([_open(image, self.max_pixels)])
+        target = mean_feature(self.backbone, views(pixels, 16, seed), self.batch_size)
+        ascent = ascend(
+            self.backbone,
+            self.backbone.tokenizer,
+            target,
+            sequences=8,
+            length=5,
+            steps=steps,
+            lr=1.0,
+            seed=seed,
+            micro_batch=self.batch_size,
+        )
+        return word_frequencies(self.backbone.tokenizer, ascent.ids[steps // 2 :])
+
+    def _pixels(self, pictures: "Sequence[Image]") -> Tensor:
+        """Pictures as uint8 [B, 3, S, S'] in the backbone's size, on its device."""
+        squashed = [np.array(_squash(picture, self.backbone.image_size)) for picture in pictures]
+        batch = torch.from_numpy(np.stack(squashed)).permute(0, 3, 1, 2)
+        return batch.to(self.backbone.device)
 
     def _texts(self, names: tuple[str, ...]) -> Texts:
         """Features of names; the last ones are kept, as one asks again with other images."""

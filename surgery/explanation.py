@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from common.errors import InvalidSetting
+from surgery.features import similarity_map
+from surgery.tokens import rank_tokens
 from surgery.visualize import contact_sheet, heat_map
 
 if TYPE_CHECKING:
@@ -176,6 +178,42 @@ class Explanation:
         data = base64.b64encode(_encoded(self.picture(_SHOWN), "JPEG")).decode()
         said = html.escape(f"Heat maps over the image: {', '.join(self.titles())}", quote=True)
         return f'<img alt="{said}" style="max-width:100%" src="data:image/jpeg;base64,{data}">'
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class CaptionExplanation:
+    """What an image shows of the L tokens of a caption, start and end included.
+
+    Attributes:
+        image: uint8 [H, W, 3].
+        tokens: L of them, for people; see `surgery.tokens.readable`.
+        truncated: whether the caption went on where the model stops reading.
+        scores: [L], cosine of the image's class token with each token.
+        grid: (h, w).
+        similarity: [h*w, L] on the token grid, before any scaling.
+    """
+
+    image: Tensor
+    tokens: tuple[str, ...]
+    truncated: bool
+    scores: Tensor
+    grid: tuple[int, int]
+    similarity: Tensor
+
+    @property
+    def order(self) -> list[int]:
+        """Positions of the tokens, the best first."""
+        return rank_tokens(self.scores).tolist()
+
+    def map(self, position: int) -> Tensor:
+        """[H, W] in [0, 1]: where the token at a position is."""
+        height, width = self.image.shape[:2]
+        column = self.similarity[None, :, position, None]
+        return similarity_map(column, self.grid, (height, width))[0, 0]
+
+    def __repr__(self) -> str:
+        best = ", ".join(f"{self.tokens[i]} {self.scores[i]:.3f}" for i in self.order[:3])
+        return f"CaptionExplanation({len(self.tokens)} tokens: {best})"
 
 
 class Explanations(tuple[Explanation, ...]):

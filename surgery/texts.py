@@ -86,12 +86,18 @@ def empty_text(backbone: Backbone) -> Tensor:
 
 def warn_of_unknown(backbone: Backbone, names: Sequence[str]) -> None:
     """Warn of names with words that the weights know nothing of, as those of the demo do of most."""
+    if warning := about_unknown(backbone, names):
+        log.warning("%s", warning)
+
+
+def about_unknown(backbone: Backbone, names: Sequence[str]) -> str:
+    """Which names have words that the weights know nothing of, in a sentence or two; else nothing."""
     taught = backbone.text_tower.taught()
     if taught is None or taught.all():
-        return
+        return ""
     unknown = {name: words for name in names if (words := unknown_words(backbone, name, taught))}
     if not unknown:
-        return
+        return ""
     told = (
         f"{name!r}" if words == name.split() else f"{name!r} ({', '.join(words)})"
         for name, words in unknown.items()
@@ -99,12 +105,9 @@ def warn_of_unknown(backbone: Backbone, names: Sequence[str]) -> None:
     ids = taught.nonzero()[:, 0].tolist()
     vocabulary = sorted(word for i in ids if (word := piece(backbone.tokenizer, i)).isalpha())
     few = f": {', '.join(vocabulary)}" if len(vocabulary) <= _FEW else ""
-    log.warning(
-        "%s was never taught the words of %s: their maps and scores mean nothing. It knows %d words%s",
-        backbone.title,
-        ", ".join(told),
-        len(vocabulary),
-        few,
+    return (
+        f"{backbone.title} was never taught the words of {', '.join(told)}: their maps and scores mean "
+        f"nothing. It knows {len(vocabulary)} words{few}"
     )
 
 

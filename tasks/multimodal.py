@@ -8,10 +8,10 @@ import numpy as np
 from torch import Tensor
 
 from datamodules._samples import Batch
-from surgery import Texts, feature_surgery, similarity, similarity_map
+from surgery import Texts, similarity_map
+from surgery.captions import place_tokens, read_captions
 from surgery.texts import empty_text
-from surgery.tokens import rank_tokens, readable, token_similarity, tokenise
-from surgery.towers import ImageTokens
+from surgery.tokens import rank_tokens
 from tasks._draw import Look, caption_figure
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks.measures.multimodal import TOP, MultimodalMeasures
@@ -49,25 +49,24 @@ class Multimodal(Task):
         """Scores and ranks of each caption's tokens, and the map of the best one."""
         if not batch.samples:
             return []
-        tokenizer = self.backbone.tokenizer
-        captions = [sample.caption or "" for sample in batch.samples]
-        texts = tokenise(tokenizer, captions, self.backbone.context_length)
-        features = self.backbone.encode_text_tokens(texts.ids.to(self.backbone.device))
+        assert self.texts is not None  # set before the first batch
+        redundant = self.texts.empty if self.redundant else None
+        captions = read_captions(self.backbone, [sample.caption or "" for sample in batch.samples])
         results = []
         encoded = self.encode_images(batch.images)
         for i, (sample, tokens) in enumerate(zip(batch.samples, encoded, strict=True)):
             if sample.caption is None:
                 results.append(ImageResult(sample.key, (Facts({"caption": None}),)))
                 continue
-            ids, words = texts.ids[i, : texts.lengths[i]], features[i, : texts.lengths[i]]
-            scores = token_similarity(tokens.class_token, words[None])[0]
+            caption = captions[i]
+            scores = caption.scores(tokens.class_token)
             order = rank_tokens(scores)
-            self.measures.update(ids[order.cpu()], self.backbone.model.vocab_size)
-            best_map = self._similarity(tokens, words[order[:1]])[0, :, 0]
+            self.measures.update(caption.ids[order.cpu()], self.backbone.model.vocab_size)
+            best_map = place_tokens(tokens, caption.features[order[:1]], redundant)[0, :, 0]
             said = Tokens(
-                caption=captions[i],
-                truncated=texts.truncated[i],
-                tokens=readable(tokenizer, ids.tolist()),
+                caption=sample.caption,
+                truncated=caption.truncated,
+                tokens=caption.readable,
                 scores=[round(score, 6) for score in scores.tolist()],
                 ranks=(order.argsort() + 1).tolist(),
             )
@@ -87,14 +86,6 @@ class Multimodal(Task):
                 draw = partial(draw_figure, *drawn)
             results.append(ImageResult(sample.key, answer, draw))
         return results
-
-    def _similarity(self, tokens: ImageTokens, text: Tensor) -> Tensor:
-        assert self.texts is not None  # set before the first batch
-        if not self.redundant:
-            return similarity(tokens.patch_tokens, text)
-        return feature_surgery(
-            tokens.patch_tokens, tokens.class_token, text, redundant=self.texts.empty
-        )
 
 
 def draw_figure(
