@@ -26,6 +26,7 @@ COMMANDS = {
     "metrics": "recompute a run's metrics from its finished shards",
     "compare": "runs side by side: metrics, classes, settings, images",
     "report": "look at runs: a page with maps, masks and scores, or a contact sheet",
+    "app": "a page on this machine: drop a picture, type words, see maps",
     "reproduce": "a table or figure of the paper, our numbers beside the printed ones",
     "list": "list models, data sets, tasks, configs, recipes or methods",
     "completion": "a script that lets a shell complete these commands",

@@ -1,6 +1,7 @@
 """A tiny random CLIP, a handful of drawn scenes, and the command line called in this process."""
 
 import json
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,22 @@ def predict(command) -> Callable[..., Path]:
 def finished(predict, tmp_path_factory) -> Path:
     """An undisturbed run over the scenes."""
     return predict(tmp_path_factory.mktemp("runs") / "finished")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium; tests that need it are skipped where it, or playwright, is missing."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+    options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with playwright.sync_playwright() as player:
+        opened = player.chromium.launch(executable_path=chromium, args=options)
+        yield opened
+        opened.close()
 
 
 def members(path: Path) -> dict[str, bytes]:

@@ -231,21 +231,6 @@ def test_a_contact_sheet_has_a_row_an_image_and_a_column_a_method(
 # ------------------------------------------------------------------------------------ in a browser
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    chromium = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
-    if chromium is None:
-        pytest.skip("no Chromium on this machine")
-    options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with playwright.sync_playwright() as player:
-        opened = player.chromium.launch(executable_path=chromium, args=options)
-        yield opened
-        opened.close()
-
-
 @pytest.fixture
 def visit(browser):
     """Open a page; at the end there must have been no error in its console."""
