@@ -15,7 +15,7 @@ import datamodules
 import surgery
 import tasks
 from tasks.__main__ import COMMANDS, main
-from tasks.commands import shards
+from tasks.commands import app, shards
 from tasks.run.meaning import MEANINGS, meaning_of
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,7 @@ PAGES = [
     *(ROOT / folder / "README.md" for folder in ("configs", "results", "benchmarks")),
     ROOT / "surgery/demo_clip/README.md",
 ]
-NEEDS = {"weights", "data", "cluster", "gpu", "network", "time"}
+NEEDS = {"weights", "data", "cluster", "gpu", "network", "time", "browser"}
 """What a block may say that it needs, in its first line: ``# needs: weights, data``."""
 
 ELSEWHERE = {"python3", "pip", "pre-commit", "pytest", "ruff", "mypy", "mkdocs", "."}
@@ -96,6 +96,8 @@ def check(words):
         shards.verify_parser().parse_args(rest[1:])
     elif name == "reproduce":
         assert main([*words, "--dry-run"]) == 0
+    elif name == "app":
+        app.arguments().parse_args(rest)
     else:
         raise AssertionError(f"lightning {name} needs nothing: let it run")
 

@@ -53,18 +53,6 @@ _LOOK = {
 }
 
 
-class Picture(gr.Image):  # type: ignore[misc]  # gradio has no types
-    """A picture whose file is not opened by gradio, but by `common.pictures`, with its limits."""
-
-    def get_block_name(self) -> str:
-        """That of the control in the browser."""
-        return "image"
-
-    def preprocess(self, payload: Any) -> str | None:
-        """The path of what was dropped, as it was uploaded."""
-        return None if payload is None else payload.path
-
-
 def serve(
     answers: Answers,
     *,
@@ -128,7 +116,7 @@ def build(answers: Answers, folder: Path) -> gr.Blocks:
         )
         with gr.Row():
             with gr.Column(scale=2, min_width=300, elem_id="asked"):
-                picture = Picture(
+                picture = gr.Image(
                     first[0],
                     label="Picture",
                     type="filepath",
@@ -137,6 +125,9 @@ def build(answers: Answers, folder: Path) -> gr.Blocks:
                     buttons=[],
                     elem_id="picture",
                 )
+                # Its file is opened by `common.pictures`, with its limits, and not by gradio.
+                # (A class of its own would make gradio write a file beside this one.)
+                picture.preprocess = _path_of
                 words = gr.Textbox(
                     first[1], label="Words, with commas between them", max_lines=3, elem_id="words"
                 )
@@ -300,6 +291,11 @@ def build(answers: Answers, folder: Path) -> gr.Blocks:
                 show_progress="hidden",
             )
     return blocks
+
+
+def _path_of(payload: Any) -> str | None:
+    """The path of what was dropped, as it was uploaded."""
+    return None if payload is None else payload.path
 
 
 def _telling(function: Callable[..., Any], outputs: int) -> Callable[..., Any]:
