@@ -22,17 +22,12 @@ from datamodules._dataset_json import read_dataset_json
 from datamodules._decode import Decoder, Resize
 from datamodules._device_decode import decode_pending, load_decoder
 from datamodules._download import Archive
+from datamodules._fetch import MAX_SHARD_BYTES, TIMEOUT, Limits
 from datamodules._loader import BatchLoader
-from datamodules._remote import (
-    MAX_SHARD_BYTES,
-    TIMEOUT,
-    Spool,
-    SpoolFolder,
-    is_remote,
-    needs_spool,
-)
+from datamodules._remote import is_remote, needs_spool
 from datamodules._samples import Batch, DatasetInfo, Wanted, Wording
 from datamodules._shards import ShardStream, expand_shards, name_shards
+from datamodules._spool import Ahead, Fetcher, Spool
 from datamodules._words import read_names, worded
 
 _PATIENCE = 10  # times --data.timeout, in which a shard is tried again and a batch is decoded
@@ -74,6 +69,12 @@ class ShardDataModule(LightningDataModule):
             at last given up; a run whose loader workers bring neither a byte nor a batch for ten
             times as long ends.
         max_shard_bytes: larger shards are not fetched or unpacked into the temporary folder.
+        ahead: remote shards that a rank fetches before a loader worker comes to them; with 0 a shard is
+            fetched when the one before has been read.
+        ahead_bytes: no further shard is fetched while another as large as the largest would make
+            those that a rank holds, read or not, take more room in the temporary folder.
+        connections: remote shards that a rank fetches at the same time: one uses up a line, several
+            a store that sends each slower than the line is.
         allow_pipe: accept ``pipe:`` shards, which run a shell command.
         part: number, from 0, of the part of the shards that this run does, for jobs which know nothing
             of each other and share one run's folder.
@@ -106,6 +107,9 @@ class ShardDataModule(LightningDataModule):
         max_pixels: int = MAX_PIXELS,
         timeout: float = TIMEOUT,
         max_shard_bytes: int = MAX_SHARD_BYTES,
+        ahead: int = Ahead.shards,
+        ahead_bytes: int = Ahead.bytes,
+        connections: int = Ahead.connections,
         allow_pipe: bool = False,
         part: int = 0,
         parts: int = 1,
@@ -124,6 +128,13 @@ class ShardDataModule(LightningDataModule):
             raise InvalidSetting(f"--data.image_size is in pixels, above 0, got {image_size}")
         if timeout <= 0:
             raise InvalidSetting(f"--data.timeout is in seconds, above 0, got {timeout}")
+        if ahead < 0 or ahead_bytes < 0:
+            raise InvalidSetting(
+                "--data.ahead and --data.ahead_bytes must be at least 0, "
+                f"got {ahead} and {ahead_bytes}"
+            )
+        if connections < 1:
+            raise InvalidSetting(f"--data.connections must be at least 1, got {connections}")
         if not 0 <= max_error_rate <= 1:
             raise InvalidSetting(
                 f"--data.max_error_rate is a share in [0, 1], got {max_error_rate}"
@@ -147,13 +158,16 @@ class ShardDataModule(LightningDataModule):
         self.max_pixels = max_pixels
         self.timeout = timeout
         self.max_shard_bytes = max_shard_bytes
+        self.ahead = ahead
+        self.ahead_bytes = ahead_bytes
+        self.connections = connections
         self.allow_pipe = allow_pipe
         self.part = part
         self.parts = parts
         self.wanted = Wanted()
         self._folders: dict[Path, dict[str, dict[str, Any]]] = {}
         self._loader: BatchLoader | None = None
-        self._spool_folder: SpoolFolder | None = None
+        self._fetcher: Fetcher | None = None
 
     def settings(self) -> dict[str, Any]:
         """What of the settings can change a result."""
@@ -237,10 +251,12 @@ class ShardDataModule(LightningDataModule):
         """Batches of this rank's shards."""
         shards = self.share()
         workers = self._workers()
-        if any(needs_spool(url) for _, url in shards):
-            self._spool_folder = SpoolFolder()
-        folder = str(self._spool_folder.path) if self._spool_folder else ""
-        spool = Spool(folder, max(workers, 1), self.timeout, self.max_shard_bytes)
+        self._fetcher = Fetcher(
+            [url for _, url in shards],
+            max(workers, 1),
+            Limits(self.timeout, self.max_shard_bytes),
+            Ahead(self.ahead, self.ahead_bytes, self.connections),
+        )
         decoder = Decoder(
             self.info,
             self._size(),
@@ -253,13 +269,14 @@ class ShardDataModule(LightningDataModule):
         device = self._device().type
         names = [name for name, _ in shards]
         self._loader = BatchLoader(
-            self.stream(shards, decoder, spool),
+            self.stream(shards, decoder, self._fetcher.spool),
             workers,
             timeout=_PATIENCE * self.timeout,
             give_way=device == "cpu",
             pin_memory=device == "cuda",
             expected=partial(_expected, names),
-            moving=partial(_sizes, folder),
+            moving=self._fetcher.progress,
+            beside=self._fetcher,
         )
         return self._loader
 
@@ -282,9 +299,9 @@ class ShardDataModule(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Remove fetched shards."""
-        if self._spool_folder:
-            self._spool_folder.cleanup()
-            self._spool_folder = None
+        if self._fetcher:
+            self._fetcher.close()
+            self._fetcher = None
 
     def _decoded_by(self) -> str:
         """What makes the pixels: other versions, and other devices, make other ones."""
@@ -335,14 +352,3 @@ def _expected(names: list[str], last: Batch | None) -> str:
         return f"the batch from sample {last.end} on of shard {last.shard}"
     following = names[names.index(last.shard) + 1 :]
     return f"the first batch of shard {following[0]}" if following else "the loader to finish"
-
-
-def _sizes(folder: str) -> list[tuple[str, int]]:
-    """The files of a spool folder and their sizes: they grow while shards arrive."""
-    if not folder:
-        return []
-    found = []
-    for entry in os.scandir(folder):
-        with suppress(OSError):  # it was read meanwhile
-            found.append((entry.name, entry.stat().st_size))
-    return sorted(found)

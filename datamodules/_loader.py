@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
@@ -51,6 +51,8 @@ class BatchLoader:
         pin_memory: whether to copy batches where a GPU fetches them from.
         expected: what comes after the given batch (None at the beginning), in words.
         moving: a value that changes as long as workers come nearer to the next batch.
+        beside: entered once the workers have been started, left with the last batch: what starts threads,
+            which forked processes must not inherit.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class BatchLoader:
         pin_memory: bool = False,
         expected: Callable[[Batch | None], str] = lambda last: "the next batch",
         moving: Callable[[], object] = lambda: None,
+        beside: AbstractContextManager[object] | None = None,
     ) -> None:
         self.stream = stream
         self.workers = workers
@@ -71,6 +74,7 @@ class BatchLoader:
         self.pin_memory = pin_memory
         self.expected = expected
         self.moving = moving
+        self.beside = beside or nullcontext()
         self._workers: list[BaseProcess] = []
 
     def __iter__(self) -> Iterator[Batch]:
@@ -90,24 +94,30 @@ class BatchLoader:
         atexit.register(self.close)  # before multiprocessing waits for them
         watch = _Watch(self.timeout, self.moving, partial(_kill, workers))
         try:
-            last: Batch | None = None
-            while True:
-                try:
-                    with signals.interruptible(), watch.waiting(self.expected(last)):
-                        last = next(batches, None)
-                except Exception as error:
-                    if not workers:
-                        raise
-                    raise _reason(error, workers, watch) from error
-                if last is None:
-                    return
-                if isinstance(last, _Failure):
-                    raise last.error from RuntimeError(f"in a loader worker:\n{last.traceback}")
-                yield last
+            with self.beside:
+                yield from self._received(batches, workers, watch)
         finally:
             self.close()
             watch.close()
             atexit.unregister(self.close)
+
+    def _received(
+        self, batches: Iterator[Any], workers: list[BaseProcess], watch: _Watch
+    ) -> Iterator[Batch]:
+        last: Batch | None = None
+        while True:
+            try:
+                with signals.interruptible(), watch.waiting(self.expected(last)):
+                    last = next(batches, None)
+            except Exception as error:
+                if not workers:
+                    raise
+                raise _reason(error, workers, watch) from error
+            if last is None:
+                return
+            if isinstance(last, _Failure):
+                raise last.error from RuntimeError(f"in a loader worker:\n{last.traceback}")
+            yield last
 
     def close(self) -> None:
         """End all workers, whatever they are doing."""

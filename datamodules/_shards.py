@@ -12,13 +12,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from common.errors import InvalidSetting, MissingFile
 from datamodules._decode import Decoder, reason_of
-from datamodules._remote import (
-    Spool,
-    check_protocol,
-    is_remote,
-    without_query,
-)
+from datamodules._remote import check_protocol, is_remote, without_query
 from datamodules._samples import Batch, Sample, SampleError
+from datamodules._spool import Spool
 from datamodules._tar import TARS, Entry, ShardError, index_shard
 
 
@@ -35,7 +31,7 @@ class ShardStream(IterableDataset[Batch]):
         shards: (name, path or URL) of each shard of this rank.
         batch_size: samples a batch.
         decoder: makes a sample of a shard's entry.
-        spool: fetches remote shards.
+        spool: has the remote shards.
     """
 
     def __init__(

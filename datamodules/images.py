@@ -20,9 +20,10 @@ from common.pictures import ENDINGS
 from datamodules._contents import describe_file, describe_group
 from datamodules._datamodule import ShardDataModule
 from datamodules._decode import Decoder
-from datamodules._remote import Spool, check_protocol, is_remote, without_query
+from datamodules._remote import check_protocol, is_remote, without_query
 from datamodules._samples import DatasetInfo
 from datamodules._shards import ShardStream, name_shards
+from datamodules._spool import Spool
 from datamodules._tar import MAX_KEY, TARS, Entry, Span
 
 log = logging.getLogger(__name__)

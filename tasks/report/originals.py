@@ -15,9 +15,10 @@ from common.errors import UserError
 from common.pictures import MAX_PIXELS
 from datamodules._contents import describe_file, describe_group, has_changed
 from datamodules._decode import Decoder, reason_of
-from datamodules._remote import Spool, SpoolFolder, is_remote, without_query
+from datamodules._remote import is_remote, without_query
 from datamodules._samples import Sample
 from datamodules._shards import expand_shards, name_shards
+from datamodules._spool import SpoolFolder
 from datamodules._tar import Entry, ShardError, index_shard
 from tasks.run import Run
 
@@ -117,7 +118,7 @@ class Originals:
             url = self._places[shard]
             if self._spool_folder is None:
                 self._spool_folder = SpoolFolder()
-            with Spool(str(self._spool_folder.path), 1).local(url) as path:
+            with self._spool_folder.fetched(url) as path:
                 yield index_shard(path, without_query(url))
         else:
             yield []

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,8 +21,9 @@ import fsspec
 import pytest
 
 from common.errors import UserError
-from datamodules import GCC3M, Images, _remote
-from datamodules._remote import SpoolFolder, without_query
+from datamodules import GCC3M, Images, _fetch, _spool
+from datamodules._remote import without_query
+from datamodules._spool import SpoolFolder
 from tests.datamodules.fakes import picture
 
 Answer = Callable[[BaseHTTPRequestHandler, bytes], None]
@@ -115,7 +117,7 @@ class Server(ThreadingHTTPServer):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(_remote.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(_fetch, "_pause", lambda stop, seconds: None)
     server = Server()
     content = tar_of(tmp_path / "a.jpg")
     server.files |= {"a.tar": content, "b.tar": content, "a.tar.gz": gzip.compress(content)}
@@ -127,7 +129,7 @@ def server(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _own_temporary_folder(monkeypatch):
+def _own_temporary_folder(tmp_path, monkeypatch):  # after tmp_path, whose base would be in it
     with tempfile.TemporaryDirectory() as folder:  # a short path: sockets of workers are in it
         monkeypatch.setattr(tempfile, "tempdir", folder)
         yield
@@ -199,7 +201,7 @@ def test_a_server_that_stalls_is_given_up(name, server, caplog):
 
 
 def test_a_slow_server_gives_signs_of_life(server, monkeypatch, caplog):
-    monkeypatch.setattr(_remote, "_SIGN_OF_LIFE", 0.5)
+    monkeypatch.setattr(_fetch, "_SIGN_OF_LIFE", 0.5)
     caplog.set_level("INFO")
 
     def slow(request, content):
@@ -256,6 +258,81 @@ def test_several_workers_share_one_copy(server):
     assert sorted(server.asked) == ["a.tar", "a.tar", "b.tar"]
 
 
+def urls_of(server, count: int) -> list[str]:
+    for number in range(count):
+        server.files[f"{number}.tar"] = server.files["a.tar"]
+    return [f"{server.url}/{number}.tar" for number in range(count)]
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        threading.Event().wait(0.01)
+    return condition()
+
+
+@pytest.mark.parametrize(
+    ("bound", "held"), [({"ahead": 2}, 3), ({"ahead": 0}, 1), ({"ahead": 5, "ahead_bytes": 1}, 1)]
+)
+def test_shards_are_fetched_ahead_and_no_further_than_allowed(server, bound, held):
+    data = Images(urls_of(server, 6), image_size=8, num_workers=0, **bound)
+    for number, _ in enumerate(data.loader(), 1):
+        wanted = min(number - 1 + held, 6)  # all are read in order, so those before are dropped
+        assert until(lambda wanted=wanted: len(server.asked) == wanted)
+        threading.Event().wait(0.1)
+        assert len(server.asked) == wanted
+    data.teardown("predict")
+    assert not os.listdir(tempfile.tempdir)
+    with pytest.raises(UserError, match=r"--data\.ahead"):
+        Images("a.tar", ahead=-1)
+
+
+def test_several_connections(server):
+    urls = urls_of(server, 5)
+    assert read(urls, ahead=4, connections=3) == (["a"] * 5, [])
+    assert sorted(server.asked) == [f"{number}.tar" for number in range(5)]
+
+
+def test_a_full_disk_waits_for_what_is_still_being_read(server, monkeypatch):
+    fetch = _spool.fetch
+
+    def crowded(url, path, *more):
+        if len([name for name in os.listdir(path.parent) if name.endswith(".tar")]) > 0:
+            raise _fetch.NoRoom("no room")
+        fetch(url, path, *more)
+
+    monkeypatch.setattr(_spool, "fetch", crowded)
+    assert read(urls_of(server, 3)) == (["a"] * 3, [])
+
+    def full(*_):
+        raise _fetch.NoRoom("no room")
+
+    monkeypatch.setattr(_spool, "fetch", full)
+    assert read(urls_of(server, 2)) == ([], ["no room"] * 2)
+
+
+def test_a_fault_of_ours_in_fetching_is_no_lost_shard(server, monkeypatch):
+    def faulty(*_):
+        raise KeyError("ours")
+
+    monkeypatch.setattr(_spool, "fetch", faulty)
+    with pytest.raises(RuntimeError, match="KeyError: 'ours'"):
+        read(f"{server.url}/a.tar")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_that_ends_early_leaves_no_fetch_behind(server, workers):
+    server.faults["1.tar"] = [server.stall]
+    data = Images(urls_of(server, 3), image_size=8, num_workers=workers)
+    batches = iter(data.loader())
+    assert next(batches).keys == ["a"]
+    assert until(lambda: "1.tar" in server.asked)
+    data.on_exception(KeyboardInterrupt())
+    data.teardown("predict")
+    assert not [name for name in os.listdir(tempfile.tempdir) if "shards" in name]
+    assert not [thread for thread in threading.enumerate() if thread.name == "fetch"]
+
+
 def test_queries_are_taken_out_of_any_text():
     for text, clean in {
         "https://h/a.tar?X-Sig=1/2+3%20": "https://h/a.tar",
@@ -307,7 +384,7 @@ def test_a_protocol_that_nothing_opens_is_refused_at_once(monkeypatch):
 def test_what_a_killed_process_left_is_cleared_and_nothing_else(tmp_path):
     code = (
         "import sys, tempfile, time; tempfile.tempdir = sys.argv[1]\n"
-        "from datamodules._remote import SpoolFolder\n"
+        "from datamodules._spool import SpoolFolder\n"
         "folder = SpoolFolder(); print(folder.path, flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", code, tempfile.gettempdir()]

@@ -25,7 +25,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules import _loader, _remote
+from datamodules import _fetch, _loader
 from datamodules._decode import Decoder
 from datamodules._shards import ShardStream
 from surgery.backbone import Backbone
@@ -211,7 +211,7 @@ class Flaky(http.server.SimpleHTTPRequestHandler):
 
 
 def test_remote_shards_are_tried_again_and_then_listed(scenes, predict, monkeypatch, tmp_path):
-    monkeypatch.setattr(_remote.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(_fetch, "_pause", lambda stop, seconds: None)
     handler = functools.partial(Flaky, directory=str(scenes))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
