@@ -80,9 +80,9 @@ class Spool:
             while self.states[number] == _AWAITED:
                 pause.wait(_LOOK)
             if self.states[number] == _LOST:
-                raise ShardError(self.said(number).read_text())
+                raise ShardError(self._reason(number))
             if self.states[number] == _BROKEN:
-                raise RuntimeError(f"fetching a shard failed:\n{self.said(number).read_text()}")
+                raise RuntimeError(f"fetching a shard failed:\n{self._reason(number)}")
             yield self.path(number)
         finally:
             self.at[reader] = number + 1
@@ -94,6 +94,11 @@ class Spool:
     def said(self, number: int) -> Path:
         """Where it is written why a shard is not there."""
         return self.path(number).with_suffix(".error")
+
+    def _reason(self, number: int) -> str:
+        with suppress(OSError):
+            return self.said(number).read_text(encoding="utf-8")
+        return f"the shard is lost, and there was no room in {self.folder} to say why"
 
 
 class Fetcher:
@@ -224,7 +229,8 @@ class Fetcher:
     def _tell(self, number: int, state: int, said: str = "", size: int = 0) -> None:
         """Let the readers know what became of a shard."""
         if said:
-            self.spool.said(number).write_text(said)
+            with suppress(OSError):  # whatever happens here, nobody may wait for ever
+                self.spool.said(number).write_text(said, encoding="utf-8", errors="replace")
         with self._lock:
             self._sizes[number] = size
             self._largest = max(self._largest, size)
