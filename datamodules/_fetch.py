@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from datamodules._remote import PACKED, is_remote, without_query
@@ -161,17 +162,17 @@ class _Fetch:
 
     def _follow(self, transfer: _Transfer) -> None:
         size, since = 0, time.monotonic()
-        told = since
-        while transfer.is_alive():
+        told, alive = since, True
+        while alive:
             transfer.join(_LOOK)
             self._go_on()
-            now = time.monotonic()
+            now, alive = time.monotonic(), transfer.is_alive()
             before, size = size, _size(transfer.target)
             if size != before:
                 since = now
             if size > self.limits.max_bytes:
                 raise _too_large(self.limits.max_bytes)
-            if transfer.is_alive() and now - since > self.limits.timeout:
+            if alive and now - since > self.limits.timeout:
                 raise TimeoutError(f"nothing came for {self.limits.timeout:g} s (--data.timeout)")
             if now - told > _SIGN_OF_LIFE:
                 log.info("%s: still fetching, %d MB so far", without_query(self.url), size >> 20)
@@ -224,6 +225,16 @@ class _Transfer(Thread):
             self.error = error
 
 
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Tells a password to no other server."""
+
+    def redirect_request(self, req: urllib.request.Request, *more: Any) -> Any:
+        following = super().redirect_request(req, *more)
+        if following and following.host != req.host:
+            following.remove_header("Authorization")
+        return following
+
+
 def _from_http(url: str, target: Path, timeout: float, unwanted: Event) -> bool:
     parts = urlsplit(url)
     user, at, host = parts.netloc.rpartition("@")
@@ -232,7 +243,7 @@ def _from_http(url: str, target: Path, timeout: float, unwanted: Event) -> bool:
         login = base64.b64encode(unquote(user).encode()).decode()
         request.add_header("Authorization", f"Basic {login}")
     try:
-        answer = urllib.request.urlopen(request, timeout=timeout)
+        answer = urllib.request.build_opener(_Redirects).open(request, timeout=timeout)
     except urllib.error.HTTPError as error:
         said = f"HTTP {error.code} {error.reason}"
         if error.code < 500 and error.code not in _TRY_AGAIN:
@@ -264,6 +275,8 @@ def _from_store(url: str, target: Path, unwanted: Event) -> bool:
     try:
         store, path = url_to_fs(url)
         size = store.info(path).get("size")
+        if unwanted.is_set():
+            return False
         store.get_file(path, str(target), callback=Followed())
     except (FileNotFoundError, PermissionError, ImportError, ValueError) as error:
         raise _Hopeless(without_query(f"{type(error).__name__}: {error}")) from None

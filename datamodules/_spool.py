@@ -191,7 +191,8 @@ class Fetcher:
     def _drop(self) -> None:
         """Delete what all readers have read."""
         while self._dropped < min(self.spool.at):
-            self.spool.path(self._dropped).unlink(missing_ok=True)
+            with suppress(OSError):  # then it takes room until the end
+                self.spool.path(self._dropped).unlink()
             self._sizes.pop(self._dropped, None)
             self._dropped += 1
 
@@ -201,30 +202,30 @@ class Fetcher:
             return False
         if self._begun == self._dropped:
             return True
-        if not self._sizes:
-            return False  # none has come, so nobody knows how large they are
+        if not self._largest:
+            return False  # none has come yet, so nobody knows how large they are
         arriving = self._begun - self._dropped - len(self._sizes)
         return sum(self._sizes.values()) + (arriving + 1) * self._largest <= self.ahead.bytes
 
     def _bring(self, number: int) -> None:
         url, path = self.urls[number], self.spool.path(number)
+        others = self._dropped < number
         try:
             fetch(url, path, self.limits, self._stop)
         except NoRoom:
-            if not self._wait_for_readers(number):
+            if not others:
                 raise
+            self._wait_for_readers(number)
             fetch(url, path, self.limits, self._stop)
         self._tell(number, _THERE, size=path.stat().st_size)
 
-    def _wait_for_readers(self, number: int) -> bool:
-        """Wait until those before a shard are dropped; whether that has made room on the disk."""
-        held = self._dropped < number
+    def _wait_for_readers(self, number: int) -> None:
+        """Wait until those before a shard are dropped, which makes room on the disk."""
         while self._dropped < number:
             with self._lock:
                 self._drop()
             if self._stop.wait(_LOOK):
                 raise FetchStopped
-        return held
 
     def _tell(self, number: int, state: int, said: str = "", size: int = 0) -> None:
         """Let the readers know what became of a shard."""

@@ -121,7 +121,7 @@ def server(tmp_path, monkeypatch):
     server = Server()
     content = tar_of(tmp_path / "a.jpg")
     server.files |= {"a.tar": content, "b.tar": content, "a.tar.gz": gzip.compress(content)}
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server
     server.released.set()
     server.shutdown()
@@ -251,6 +251,24 @@ def test_a_password_in_a_url_is_used_and_not_shown(server):
     assert "SECRET" not in reason
 
 
+@pytest.mark.parametrize(("host", "told"), [("127.0.0.1", True), ("localhost", False)])
+def test_a_password_is_told_to_no_other_server(host, told, server):
+    seen = []
+
+    def redirect(request, content):
+        request.send_response(302)
+        request.send_header("Location", f"http://{host}:{server.server_port}/b.tar")
+        request.end_headers()
+
+    def note(request, content):
+        seen.append(request.headers["Authorization"] is not None)
+        whole(request, content)
+
+    server.faults |= {"a.tar": [redirect], "b.tar": [note]}
+    assert read(f"{server.url}/a.tar".replace("://", "://me:SECRET@")) == (["a"], [])
+    assert seen == [told]
+
+
 def test_several_workers_share_one_copy(server):
     server.faults["a.tar"] = [status(503)]
     keys, errors = read([f"{server.url}/a.tar", f"{server.url}/b.tar"], num_workers=2)
@@ -264,8 +282,8 @@ def urls_of(server, count: int) -> list[str]:
     return [f"{server.url}/{number}.tar" for number in range(count)]
 
 
-def until(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 60
+def until(condition: Callable[[], bool], seconds: float = 60) -> bool:
+    deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         threading.Event().wait(0.01)
     return condition()
@@ -287,10 +305,18 @@ def test_shards_are_fetched_ahead_and_no_further_than_allowed(server, bound, hel
         Images("a.tar", ahead=-1)
 
 
-def test_several_connections(server):
-    urls = urls_of(server, 5)
-    assert read(urls, ahead=4, connections=3) == (["a"] * 5, [])
-    assert sorted(server.asked) == [f"{number}.tar" for number in range(5)]
+def test_several_connections_share_what_the_readers_wait_for(server):
+    together = []
+
+    def late(request, content):  # all before it have been read by then
+        together.append(until(lambda: "4.tar" in server.asked, seconds=10))
+        whole(request, content)
+
+    urls = urls_of(server, 6)
+    server.faults["3.tar"] = [late]
+    assert read(urls, ahead=1, connections=2) == (["a"] * 6, [])
+    assert sorted(server.asked) == [f"{number}.tar" for number in range(6)]
+    assert together == [True]
 
 
 def test_a_full_disk_waits_for_what_is_still_being_read(server, monkeypatch):
