@@ -293,9 +293,10 @@ class ShardDataModule(LightningDataModule):
         return ""
 
     def on_exception(self, exception: BaseException) -> None:
-        """End the loader workers: nobody will ask for what they are making."""
+        """End the loader workers and what is fetched for them: nobody will ask for it."""
         if self._loader:
             self._loader.close()
+        self.teardown("predict")  # which Lightning only calls where all went well
 
     def teardown(self, stage: str) -> None:
         """Remove fetched shards."""

@@ -354,7 +354,6 @@ def test_a_run_that_ends_early_leaves_no_fetch_behind(server, workers):
     assert next(batches).keys == ["a"]
     assert until(lambda: "1.tar" in server.asked)
     data.on_exception(KeyboardInterrupt())
-    data.teardown("predict")
     assert not [name for name in os.listdir(tempfile.tempdir) if "shards" in name]
     assert not [thread for thread in threading.enumerate() if thread.name == "fetch"]
 
