@@ -143,7 +143,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--other", type=Path, metavar="CHECKOUT")
     parser.add_argument("--model", default="ViT-B-32", help="of --command; random weights")
     parser.add_argument(
-        "--images", type=int, nargs="*", default=[8, 3], help="of --command, a batch"
+        "--images", type=int, nargs="*", default=[6, 1], help="of --command, a batch"
     )
     parser.add_argument("--compute", type=float, nargs="*", default=[2.6, 1.2], help="s a shard")
     parser.add_argument("--shards", type=int, default=4)
