@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.errors import InvalidSetting
 from surgery.attend import above_mean, balance
 from surgery.attention import RECIPES
 from surgery.backbone import Backbone
 from surgery.features import similarity
 from surgery.precision import widen
 from surgery.towers import Step, Tower, Visitor
+from surgery.windows import Window
 
 
 class Layers(NamedTuple):
@@ -47,6 +50,58 @@ def read_layers(backbone: Backbone, images: Tensor) -> Layers:
     return Layers(torch.stack(path.tokens), path.attention, grid)
 
 
+class Part(NamedTuple):
+    """What CLIPer reads of a window.
+
+    Attributes:
+        cells: [n] int64, which of the whole images' N cells the window has.
+        layers: of the window alone.
+    """
+
+    cells: Tensor
+    layers: Layers
+
+
+def read_parts(backbone: Backbone, images: Tensor, windows: Sequence[Window]) -> list[Part]:
+    """What each window shows, for `fused_scores`.
+
+    Args:
+        backbone: see `read_layers`.
+        images: [B, 3, H, W], normalised; H and W are multiples of the patches.
+        windows: of all images.
+
+    Returns:
+        Of each window.
+
+    Raises:
+        InvalidSetting: a window that cuts through patches.
+    """
+    rows, columns = backbone.patch_size
+    height, width = images.shape[2] // rows, images.shape[3] // columns
+    cells = torch.arange(height * width, device=images.device).view(height, width)
+    parts = []
+    for window in windows:
+        if (
+            window.top % rows
+            or window.height % rows
+            or window.left % columns
+            or window.width % columns
+        ):
+            raise InvalidSetting(
+                f"windows of CLIPer's score begin and end between patches of {rows} x {columns} pixels, "
+                f"and one of {window.height} x {window.width} at row {window.top}, column {window.left}, "
+                "doesn't"
+            )
+        in_cells = Window(
+            window.top // rows,
+            window.left // columns,
+            window.height // rows,
+            window.width // columns,
+        )
+        parts.append(Part(in_cells.of(cells).flatten(), read_layers(backbone, window.of(images))))
+    return parts
+
+
 def fused_scores(
     layers: Layers,
     text: Tensor,
@@ -55,6 +110,7 @@ def fused_scores(
     scale: float = 100.0,
     threshold: float = 0.0,
     fuse: bool = True,
+    parts: Sequence[Part] = (),
 ) -> Tensor:
     """How much each text of the foreground is in each cell.
 
@@ -62,6 +118,8 @@ def fused_scores(
     tokens of layer k, M the attention, and what is below threshold x a text's largest set to 0 in the
     last layer's:
         score(t, j) = sum over cells i of P(last)(i, t) M(i, j) + mean over layers k of P(k)(j, t)
+    With windows, P is the mean of that and of the windows' softmax: their scaled cosines and their
+    attention, each averaged where windows overlap, the cosines spread by the attention.
 
     Args:
         layers: of B images.
@@ -70,15 +128,17 @@ def fused_scores(
         scale: of cosines; the released configs have 100 or 50.
         threshold: in [0, 1].
         fuse: with the mean over layers.
+        parts: windows of the same images, of `read_parts`; none: only the whole images count.
 
     Returns:
         [B, those of the foreground, h, w], from 0 on, in float32.
     """
     text = F.normalize(widen(text), dim=-1)
     texts = torch.cat([text, text[foreground].mean(dim=0, keepdim=True)])
-    shares = torch.stack(
-        [(scale * similarity(tokens, texts)).softmax(dim=-1) for tokens in layers.tokens]
-    )[..., :-1][..., foreground]
+    shares = _scaled_cosines(layers, texts, scale).softmax(dim=-1)
+    if parts:
+        shares = (shares + _of_parts(parts, texts, scale, shares)) / 2
+    shares = shares[..., :-1][..., foreground]
     last = shares[-1]
     last = last.where(last >= threshold * last.amax(dim=1, keepdim=True), 0)
     with torch.autocast(last.device.type, enabled=False):
@@ -121,6 +181,29 @@ def fused_labels(
     maps = maps.where((maps >= background) & (largest > least), 0)
     best, label = maps.max(dim=1)
     return torch.where(best > 0, label + 1, 0)
+
+
+def _scaled_cosines(layers: Layers, texts: Tensor, scale: float) -> Tensor:
+    """Of the tokens [layers,B,N,C] with T texts: [layers,B,N,T]."""
+    return torch.stack([scale * similarity(tokens, texts) for tokens in layers.tokens])
+
+
+def _of_parts(parts: Sequence[Part], texts: Tensor, scale: float, whole: Tensor) -> Tensor:
+    """The softmax of windows on the cells of whole images: [layers,B,N,T], like that of the whole."""
+    cosines, attention = (
+        torch.zeros_like(whole),
+        whole.new_zeros(whole.shape[1], *[whole.shape[2]] * 2),
+    )
+    seen, pairs = torch.zeros_like(whole[0, 0, :, :1]), torch.zeros_like(attention[0])
+    for cells, layers in parts:
+        cosines[:, :, cells] += _scaled_cosines(layers, texts, scale)
+        attention[:, cells[:, None], cells] += layers.attention
+        seen[cells] += 1
+        pairs[cells[:, None], cells] += 1
+    attention = attention / (pairs + 1e-5)
+    attention = attention / attention.sum(dim=-1, keepdim=True)
+    with torch.autocast(whole.device.type, enabled=False):
+        return (attention.mT @ (cosines / seen)).softmax(dim=-1)
 
 
 class _EveryLayer(Visitor):

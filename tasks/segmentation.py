@@ -18,7 +18,7 @@ from datamodules._samples import VOID, Batch, DatasetInfo
 from surgery import ImageTokens, similarity
 from surgery.adapted import adapted_scores, text_clusters
 from surgery.clusters import cluster_cells, correlations, one_label_a_cluster
-from surgery.fused import fused_labels, fused_scores, read_layers
+from surgery.fused import fused_labels, fused_scores, read_layers, read_parts
 from surgery.labels import Refine, Rules, label_maps
 from surgery.prompts import find_templates
 from surgery.refine import REFINEMENTS
@@ -89,8 +89,9 @@ class Segmentation(Task):
         score: what says how much a word is in a place: cosine; adapted, RF-CLIP's: of like words the one
             that fits the whole image best is moved towards its best places, and the whole image's cosine
             counts for 0.3; fused, CLIPer's (of its recipe cliper): softmaxes of the tokens of all layers,
-            spread by their attention. There, background words only compete in the softmax, and
-            ``prob_thd`` is what a map has to reach.
+            spread by their attention; with a window, those of windows (of whole patches) and of the whole
+            image count by half. There, background words only compete in the softmax, and ``prob_thd`` is
+            what a map has to reach.
         class_thd: of the score fused: a class whose largest value is not above it is not in the image,
             where there is a background.
         scaled: of the score fused: maps are scaled to [0, 1] before they are compared (CLIPer's
@@ -140,12 +141,12 @@ class Segmentation(Task):
         if score == "fused":
             given = backbone.attention
             name = given if isinstance(given, str) else given.get("name")
-            others = {"window": window, "tile": tile, "refine": refine, "area_thd": area_thd}
+            others = {"tile": tile, "refine": refine, "area_thd": area_thd}
             unfit = [f"--model.{name}" for name, value in others.items() if value is not None]
             without = f" and does without {', '.join(unfit)}" if unfit else ""
             if name != "cliper" or unfit:
                 raise InvalidSetting(
-                    "--model.score fused is CLIPer's, of whole images: it needs "
+                    "--model.score fused is CLIPer's: it needs "
                     f"--model.backbone.attention cliper{without}"
                 )
         if cluster_eps is not None and (window or tile or score == "fused" or cluster_eps <= 0):
@@ -279,7 +280,7 @@ class Segmentation(Task):
             cut_windows((image.shape[1], image.shape[2]), window, stride) for image in images
         ]
         if self.score == "fused":
-            choose = self.by_fused_scores(batch.images, self.texts.features)
+            choose = self.by_fused_scores(batch.images, stride, self.texts.features)
         else:
             choose = self.by_cosines(images, windows, self.texts.features)
         samples, groups = batch.samples, alike(batch.samples, [1] * len(images), self.device)
@@ -346,16 +347,24 @@ class Segmentation(Task):
 
         return compare
 
-    def by_fused_scores(self, images: Tensor | list[Tensor], text: Tensor) -> Choose:
+    def by_fused_scores(
+        self, images: Tensor | list[Tensor], stride: int | None, text: Tensor
+    ) -> Choose:
         """The same by CLIPer's score; pixels beyond the last whole patch are left out."""
         rows, columns = self.backbone.patch_size
         words = self.values != 0 if self.background_words(self.info) else self.values >= 0
         scores: list[Tensor] = []
         for pixels in self.pixels(images):
             height, width = (pixels.shape[2] // rows * rows, pixels.shape[3] // columns * columns)
-            layers = read_layers(self.backbone, pixels[..., :height, :width])
+            whole = pixels[..., :height, :width]
+            cut = cut_windows((height, width), self.window, stride) if self.window else []
             scores += fused_scores(
-                layers, text, words, scale=self.logit_scale, threshold=self.attention_thd
+                read_layers(self.backbone, whole),
+                text,
+                words,
+                scale=self.logit_scale,
+                threshold=self.attention_thd,
+                parts=read_parts(self.backbone, whole, cut),
             ).split(1)
         background = (self.prob_thd or 0.0) if self.has_background(self.info) else None
 

@@ -138,7 +138,7 @@ FAMILY = Plan(
         "(source), most of them second-hand and not checked.",
         f"The common protocol is {COMMON}'s. Words alone are worth 12 to 22 points of VOC21.",
         "ResCLIP has its settings of VOC20 everywhere. RF-CLIP has one setting of its score. "
-        "CLIPer is run on whole images, its fused score under its own protocol only.",
+        "CLIPer has its fused score under its own protocol only, with windows where its files have them.",
     ),
     costs=True,
 )

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from surgery.fused import fused_labels, fused_scores, read_layers
+from common.errors import InvalidSetting
+from surgery.fused import fused_labels, fused_scores, read_layers, read_parts
+from surgery.windows import cut_windows
 
 FOREGROUND = torch.arange(9) < 6
 
@@ -47,6 +49,18 @@ def test_scores_at_another_size(expected, reference, network, texts):
         read_layers(network("vit"), images[1:2, :, :96]), texts, FOREGROUND, scale=50.0
     )
     assert alone.shape == (1, 6, 6, 9)
+
+
+def test_scores_of_windows_beside_the_whole(expected, reference, network, texts):
+    images, net = reference("inputs")["images_vit_large"], network("vit")
+    # Its stride of 112 is longer than the window; at this size, that is one of 48.
+    parts = read_parts(net, images, cut_windows((144, 144), 96, 48))
+    assert [len(part.cells) for part in parts] == [36] * 4
+    layers = read_layers(net, images)
+    found = fused_scores(layers, texts, FOREGROUND, scale=50.0, threshold=0.2, parts=parts)
+    torch.testing.assert_close(found, expected["cliper_seg_large_sliding"], rtol=0, atol=2e-5)
+    with pytest.raises(InvalidSetting, match="one of 96 x 96 at row 0, column 40, doesn't"):
+        read_parts(net, images, cut_windows((144, 144), 96, 40))
 
 
 def test_labels(layers, expected, texts):

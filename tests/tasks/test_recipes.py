@@ -11,7 +11,8 @@ from datamodules import Shapes
 from surgery import RECIPES, Texts, load_backbone, similarity
 from surgery.adapted import adapted_scores, text_clusters
 from surgery.clusters import cluster_cells, correlations, one_label_a_cluster
-from surgery.fused import fused_labels, fused_scores, read_layers
+from surgery.fused import fused_labels, fused_scores, read_layers, read_parts
+from surgery.windows import cut_windows
 from tasks.__main__ import main
 from tests.tasks.test_segmentation import label_maps, pictured
 
@@ -38,7 +39,8 @@ def test_a_recipe_with_fields_of_its_own_reads_the_class_texts(predict, scenes, 
     ).abs().max() > 0.01
 
 
-def test_the_score_of_cliper(predict, scenes, tiny, tmp_path):
+@pytest.mark.parametrize("window", [None, 32])
+def test_the_score_of_cliper(window, predict, scenes, tiny, tmp_path):
     run = predict(
         tmp_path / "run",
         *(
@@ -47,6 +49,7 @@ def test_the_score_of_cliper(predict, scenes, tiny, tmp_path):
             "--model.background=[sky, grass]",
         ),
         *("--model.prob_thd=0.4", "--model.class_thd=0.05", "--model.logit_scale=50"),
+        *([f"--model.window={window}", "--model.stride=16"] if window else []),
         task="Segmentation",
     )
     stored = label_maps(run)["00000007"]
@@ -55,8 +58,10 @@ def test_the_score_of_cliper(predict, scenes, tiny, tmp_path):
     texts = Texts.encode(backbone, words).features
     image = backbone.preprocess(pictured(scenes, "00000007", 48))
     foreground = torch.arange(len(words)) < len(Shapes.info.prompts)
+    parts = read_parts(backbone, image, cut_windows((48, 48), window, 16) if window else [])
+    assert len(parts) == (4 if window else 0)
     scores = fused_scores(
-        read_layers(backbone, image), texts, foreground, scale=50.0, threshold=0.2
+        read_layers(backbone, image), texts, foreground, scale=50.0, threshold=0.2, parts=parts
     )
     expected = fused_labels(scores, stored.shape, background=0.4, least=0.05)[0]
     assert (stored == expected.numpy()).mean() > 0.999
