@@ -32,8 +32,8 @@ TINY = {
     "vision_cfg": {"image_size": 48, "layers": 7, "width": 64, "head_width": 32, "patch_size": 8},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
-OF_THE_START = {"run.json", "config.yaml"}
-"""Files that say how a run was started, not what came out."""
+OF_THE_START = {"run.json", "config.yaml", "jobs.jsonl"}
+"""Files that say how and when a run was worked on, not what came out."""
 
 FAULTS = (
     *("processes left", "wrong exit codes", "second runs let in"),

@@ -76,23 +76,32 @@ class AnalysisMeasures(Measures):
             self.redundancy.update(values["redundancy"], classes)
 
     def report(self) -> Report:
-        """The headlines and figures of each analysis, and what they are for each class."""
+        """The headlines and figures of each analysis, and what they are for each class.
+
+        Without any sample, means are single NaNs: these are expanded to all that there would be.
+        """
         numbers: dict[str, float] = {}
         columns: dict[str, Tensor] = {}
         tables: dict[str, Table] = {}
         if self.selection:
-            for name, value in zip(SELECTIONS, self.selection.mean().tolist(), strict=True):
+            means = self.selection.mean().expand(len(SELECTIONS)).tolist()
+            for name, value in zip(SELECTIONS, means, strict=True):
                 numbers[f"mFSR_{name}"] = value
-            columns |= _columns("FSR_{}", self.selection.per_class(), SELECTIONS)
+            selections = self.selection.per_class().expand(-1, len(SELECTIONS))
+            columns |= _columns("FSR_{}", selections, SELECTIONS)
             tables["fsr_survival"] = self._survival()
         if self.modules:
-            positive, negative = self.final.mean().tolist()
+            positive, negative = self.final.mean().expand(2).tolist()
             numbers |= {"affinity_positive": positive, "affinity_negative": negative}
-            for kind, values in zip(PROJECTIONS, self.modules.mean(), strict=True):
+            for kind, values in zip(
+                PROJECTIONS, self.modules.mean().expand(len(PROJECTIONS), -1), strict=True
+            ):
                 numbers[f"affinity_last_ffn{kind}"] = float(values[-1])
                 tables[f"affinity{kind}"] = _affinity(values.tolist(), positive, negative)
         if self.redundancy:
-            mean, classes = self.redundancy.over_samples(), self.redundancy.per_class()
+            sizes = (len(STAGES), len(DISTANCES))
+            mean = self.redundancy.over_samples().expand(sizes)
+            classes = self.redundancy.per_class().expand(-1, *sizes)
             for i, stage in enumerate(STAGES):
                 end = "" if stage == "plain" else f"_{stage}"
                 numbers[f"redundancy_empty{end}"] = float(mean[i, 0])

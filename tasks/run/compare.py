@@ -14,6 +14,7 @@ import numpy as np
 
 from common.files import csv_text, write_atomically
 from tasks.run.folder import Run, flatten
+from tasks.run.meaning import meaning_of
 from tasks.run.results import LabelMap, Masks, Scores, StoredImage
 
 COUNTS = ("images", "positives", "points")
@@ -37,6 +38,7 @@ class Side:
         columns: their names.
         rows: one value a column; None where there is none.
         percent: whether numbers are fractions, to be shown in percent.
+        plain: metrics, or columns of classes, that are no fractions: cosines, distances.
         shown: column -> what people see in its place, where that is long; the csv has the whole.
     """
 
@@ -44,6 +46,7 @@ class Side:
     columns: tuple[str, ...]
     rows: list[tuple[Value, ...]]
     percent: bool = True
+    plain: frozenset[str] = frozenset()
     shown: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -54,12 +57,12 @@ class Side:
     def markdown(self) -> str:
         """The table, with its title above."""
         lines = [self.heads, ("---",) * len(self.columns)]
-        lines += [tuple(self._cell(value) for value in row) for row in self.rows]
+        lines += map(self._cells, self.rows)
         return "\n".join([f"## {self.title}", "", *(f"| {' | '.join(line)} |" for line in lines)])
 
     def text(self) -> str:
         """The same in columns, for a terminal."""
-        lines = [self.heads, *(tuple(self._cell(value) for value in row) for row in self.rows)]
+        lines = [self.heads, *map(self._cells, self.rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
         return "\n".join(
             "  ".join(
@@ -74,10 +77,13 @@ class Side:
         rows = (["" if value is None else value for value in row] for row in self.rows)
         return csv_text(self.columns, rows)
 
-    def _cell(self, value: Value) -> str:
-        if value is None:
-            return "--"
-        return f"{100 * value:.2f}" if isinstance(value, float) else value
+    def _cells(self, row: tuple[Value, ...]) -> tuple[str, ...]:
+        plain = any(value in self.plain for value in row if isinstance(value, str))
+        numbers = "{:.4f}".format if plain else lambda value: f"{100 * value:.2f}"
+        return tuple(
+            "--" if value is None else numbers(value) if isinstance(value, float) else value
+            for value in row
+        )
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ class Comparison:
     def write(self, folder: Path) -> None:
         """Write ``compare.md``, and ``NAME.csv`` of each table."""
         folder.mkdir(parents=True, exist_ok=True)
-        parts = ["# Runs side by side, percent", *(f"- {line}" for line in self.legend())]
+        parts = ["# Runs side by side; shares in percent", *(f"- {line}" for line in self.legend())]
         parts += [side.markdown() for side in self.sides.values()]
         write_atomically(folder / "compare.md", "\n\n".join(parts) + "\n")
         for name, side in self.sides.items():
@@ -139,15 +145,27 @@ def compare(runs: Sequence[Run], images: int = 10) -> Comparison:
     values = [
         [_short(of[key]) if key in of else None for of in settings] for key in _union(settings)
     ]
+    tasks = {run.settings["task"]["class"] for run in runs}
+    plain = frozenset(
+        name
+        for name in [*_union(metrics), *(column for _, column in keys)]
+        for task in tasks
+        if (meaning := meaning_of(task, name.rpartition(".")[2])) and not meaning.percent
+    )
     sides = {
         "metrics": Side(
             "Metrics",
             ("metric", *heads),
             [(key, *_beside([of.get(key) for of in metrics])) for key in _union(metrics)],
+            plain=plain,
             shown=shown,
         ),
         "classes": Side(
-            "Classes, by their difference", ("class", "column", *heads), rows, shown=shown
+            "Classes, by their difference",
+            ("class", "column", *heads),
+            rows,
+            plain=plain,
+            shown=shown,
         ),
         "settings": Side(
             "Settings that differ",

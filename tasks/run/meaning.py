@@ -104,9 +104,12 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
         ),
         "redundancy_zero": _number("distance of labels' maps to nothing, to compare with"),
         "redundancy_(empty|zero)_architecture": _number("the same for the reformed attention"),
+        "(L1_empty|L1_zero|cosine|correlation)_(plain|architecture)": _number(
+            "of classes: their maps beside the empty text's map, or nothing"
+        ),
     },
 }
-"""Task -> pattern of a metric's name -> what it means."""
+"""Task -> pattern of the name of a metric, or of a column of classes -> what it means."""
 
 _PLAIN: dict[str, dict[str, tuple[str, ...]]] = {
     "Recognition": {"mAP": ("mAP_softmax", "mAP_cosine")},

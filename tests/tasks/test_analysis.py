@@ -1,7 +1,9 @@
 """The analyses through the command line, against the paper's in plain numpy over open_clip."""
 
 import csv
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +200,29 @@ def test_flags_choose_the_analyses(predict, tmp_path):
     record = json.loads(members(run / "000000.tar")["00000000.json"])
     assert set(record) == {"classes"}
     assert not any("FSR" in name for numbers in record["classes"].values() for name in numbers)
+
+
+def test_images_without_a_positive_class_have_no_numbers(tmp_path, predict, scenes):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    with (
+        tarfile.open(scenes / "000000.tar") as whole,
+        tarfile.open(shards / "000000.tar", "w") as empty,
+    ):
+        for member in whole:
+            data = whole.extractfile(member).read()
+            if member.name.endswith(".label.png"):
+                buffer = io.BytesIO()
+                Image.new("L", Image.open(io.BytesIO(data)).size).save(buffer, format="PNG")
+                data = buffer.getvalue()
+            member.size = len(data)
+            empty.addfile(member, io.BytesIO(data))
+    run = predict(tmp_path / "run", f"--data.shards={shards}", task="Analysis")
+    summary = json.loads((run / "metrics.json").read_text())
+    assert summary["images"] > 0
+    assert summary["metrics"]["mFSR_raw"] is None
+    assert summary["metrics"]["affinity_positive"] is None
+    assert summary["metrics"]["redundancy_zero_architecture"] is None
 
 
 def test_a_resnet_is_refused_at_once(command, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 from PIL import Image
 
 from tasks.__main__ import main
+from tasks.run import Run
+from tasks.run.compare import compare
 from tests.tasks.test_segmentation import label_maps
 
 
@@ -53,6 +56,20 @@ def test_metrics_classes_and_settings_side_by_side(runs, tmp_path, capsys):
         "paper": "paper",
     }
     assert "| task.feature_surgery | code | paper |" in (folder / "compare.md").read_text()
+
+
+def test_cosines_and_distances_are_no_shares(predict, tmp_path):
+    run = predict(tmp_path / "run", task="Analysis")
+    found = compare([Run.load(run), Run.load(run)])
+    metrics = found.sides["metrics"].text()
+    value = summary(run)["metrics"]
+    assert re.search(rf"affinity_positive +{value['affinity_positive']:.4f}", metrics)
+    assert re.search(rf"redundancy_empty +{value['redundancy_empty']:.4f}", metrics)
+    assert re.search(rf"mFSR_raw +{100 * value['mFSR_raw']:.2f}", metrics)
+    name, row = next(iter(summary(run)["per_class"].items()))
+    classes = found.sides["classes"].text()
+    assert re.search(rf"{name} +L1_empty_plain +{row['L1_empty_plain']:.4f}", classes)
+    assert re.search(rf"{name} +FSR_raw +{100 * row['FSR_raw']:.2f}", classes)
 
 
 def test_the_images_that_differ_most_come_first(predict, tmp_path):
