@@ -82,13 +82,32 @@ class _MadeOnHost(TorchFunctionMode):
             return args[0]
         if func is Tensor.pin_memory:
             return args[0]
+        kwargs.pop("pin_memory", None)
         if func is Tensor.tolist and isinstance(args[0], OnGPU):
             return args[0].cpu().tolist()
         return func(*args, **kwargs)
 
 
+class _Event:
+    """What `torch.cuda.Event` is while a GPU is pretended."""
+
+    def __init__(self, gpu: PretendedGPU) -> None:
+        self.gpu = gpu
+        self.queued = 0
+
+    def record(self, stream: object = None) -> None:
+        self.queued = self.gpu.queued
+
+    def synchronize(self) -> None:
+        if self.gpu.arrive(self.queued):
+            self.gpu.waits["an event"] += 1
+
+
 class PretendedGPU(TorchDispatchMode):
     """While it is entered, ``device="cuda"`` works and is counted.
+
+    A copy to the host that is not waited for brings its numbers when an event after it, or anything
+    else, is waited for; until then there is garbage.
 
     Attributes:
         operations: name -> how often it ran on the GPU; views, which start nothing there, not counted.
@@ -99,9 +118,25 @@ class PretendedGPU(TorchDispatchMode):
         super().__init__()
         self.operations: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
+        self.queued = 0
+        self._under_way: list[tuple[int, Tensor, Tensor]] = []
+
+    def arrive(self, queued: int | None = None) -> bool:
+        """Let the first copies to the host arrive, or all; False: none was under way."""
+        here = [c for c in self._under_way if queued is None or c[0] <= queued]
+        self._under_way = self._under_way[len(here) :]
+        for _, onto, values in here:
+            onto.copy_(values)
+        return bool(here)
+
+    def _leave_later(self, onto: Tensor, values: Tensor) -> None:
+        self.queued += 1
+        self._under_way.append((self.queued, onto, values.clone()))
+        onto.view(torch.uint8).fill_(0xA5)
 
     def __enter__(self) -> PretendedGPU:
         self._initialise, torch.cuda._lazy_init = torch.cuda._lazy_init, lambda: None
+        self._event, torch.cuda.Event = torch.cuda.Event, lambda blocking=False: _Event(self)
         self._made_on_host = _MadeOnHost()
         self._made_on_host.__enter__()
         super().__enter__()
@@ -110,7 +145,7 @@ class PretendedGPU(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._made_on_host.__exit__(*error)
-        torch.cuda._lazy_init = self._initialise
+        torch.cuda._lazy_init, torch.cuda.Event = self._initialise, self._event
 
     def put(self, module: nn.Module) -> None:
         """Bring a network's weights onto the GPU."""
@@ -139,7 +174,13 @@ class PretendedGPU(TorchDispatchMode):
         if not there and not on_gpu:
             return func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
+        waits = self.waits.total()
         self._count(name, func, args, kwargs, given, there, on_gpu)
+        if self.waits.total() > waits:
+            self.arrive()
+        if name == "copy_" and not isinstance(args[0], OnGPU) and args[2:] == (True,):
+            self._leave_later(args[0], args[1].host)
+            return args[0]
         if onto:
             kwargs["device"] = CPU
         if kwargs.get("pin_memory"):

@@ -9,12 +9,12 @@ set -euo pipefail
 shards=$1 model=${2:-ViT-B-16}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-tasks=(Explainability Segmentation Recognition)
+tasks=(Explainability Segmentation Recognition Interactive Analysis)
 say() { printf '\n== %s\n   expected: %s\n' "$1" "$2"; }
-run() { # TASK FOLDER [more words]
+run() { # TASK FOLDER [more words]; with run_as=exec in a process of its own, the shell becomes the command
     local task=$1 folder=$2
     shift 2
-    lightning predict --model "$task" --data VOC --data.shards "$shards" \
+    ${run_as:-} lightning predict --model "$task" --data VOC --data.shards "$shards" \
         --model.backbone.model "$model" --writer.output "$work/$folder" \
         --trainer.enable_progress_bar false "$@"
 }
@@ -123,7 +123,7 @@ if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" -ge 2 ]; th
     two=(--trainer.accelerator gpu --trainer.devices 2 --data.batch_size 64
         --trainer.strategy.class_path lightning.pytorch.strategies.DDPStrategy
         --trainer.strategy.init_args.timeout "0:01:00")
-    run Explainability two "${two[@]}" &
+    run_as=exec run Explainability two "${two[@]}" & # else the signal would reach a shell
     pid=$!
     sleep "${STOP_AFTER:-90}"
     code=0

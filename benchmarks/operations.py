@@ -29,11 +29,18 @@ import torch
 from benchmarks._pretended_gpu import CPU, CUDA, PretendedGPU
 from datamodules import Shapes
 from datamodules._samples import Batch, Sample
-from tasks import Explainability, Recognition, Segmentation
+from tasks import Analysis, Explainability, Interactive, Multimodal, Recognition, Segmentation
 from tasks._task import BackboneConfig, Task
 
-GOALS = {"Explainability": 30, "Segmentation": 20, "Recognition": 3}
-"""Operations an image beyond the encoder's."""
+GOALS = {
+    "Explainability": 12,
+    "Segmentation": 7,
+    "Recognition": 2,
+    "Multimodal": 7,
+    "Interactive": 2,
+    "Analysis": 16,
+}
+"""Operations an image beyond the encoder's, in batches of 16 or more, whatever sizes the images have."""
 
 MOST_WAITS = 2
 """Of the host, a batch."""
@@ -42,6 +49,9 @@ TASKS: dict[str, Callable[..., Task]] = {
     "Explainability": Explainability,
     "Segmentation": Segmentation,
     "Recognition": Recognition,
+    "Multimodal": Multimodal,
+    "Interactive": Interactive,
+    "Analysis": Analysis,
 }
 TINY = {
     "embed_dim": 32,
@@ -152,7 +162,8 @@ def random_batch(task: Task, images: int, *, all_different: bool = False) -> Bat
         label[: size[0] // 3] = positives[0] + 1
         label[0] = task.info.void
         image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
-        samples.append(Sample(f"{i:06d}", image, size, label, positives, None, {}))
+        caption = f"a {i % 7} of {i}" + " x" * (i % 5)
+        samples.append(Sample(f"{i:06d}", image, size, label, positives, caption, {}))
     return Batch.collate("000000", 0, images, samples, [])
 
 

@@ -373,7 +373,7 @@ def profile(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         "similarity, surgery": spent("surgery/features.py", "similarity", "feature_surgery"),
         "maps": spent("surgery/features.py", "similarity_map")
         + spent("surgery/labels.py", "label_maps"),
-        "metrics": spent("surgery/metrics/", "update"),
+        "metrics": spent("surgery/metrics/", "update", "update_together"),
     }
     table = {
         "decode": sample - resize,

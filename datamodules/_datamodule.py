@@ -23,7 +23,7 @@ from datamodules._decode import Decoder, Resize
 from datamodules._device_decode import decode_pending, load_decoder
 from datamodules._download import Archive
 from datamodules._fetch import MAX_SHARD_BYTES, TIMEOUT, Limits
-from datamodules._loader import BatchLoader
+from datamodules._loader import BatchLoader, cores_of_rank
 from datamodules._remote import is_remote, needs_spool
 from datamodules._samples import Batch, DatasetInfo, Wanted, Wording
 from datamodules._shards import ShardStream, expand_shards, name_shards
@@ -318,11 +318,7 @@ class ShardDataModule(LightningDataModule):
             return self.num_workers
         if not hasattr(os, "sched_getaffinity"):
             return 0  # not Linux: starting workers costs seconds
-        cores = len(os.sched_getaffinity(0))
-        on_node = int(os.environ.get("SLURM_CPUS_ON_NODE", 0))
-        ranks = self.trainer.num_devices if self.trainer else 1
-        # Fewer than the node has: SLURM has given each rank cores of its own.
-        workers = cores if cores < on_node else cores // ranks
+        workers = cores_of_rank(self.trainer.num_devices if self.trainer else 1)
         return workers if self._device().type == "cuda" else min(8, workers)
 
     def _size(self) -> tuple[int, int]:

@@ -127,6 +127,20 @@ class BatchLoader:
         self._workers = []
 
 
+def cores_of_rank(ranks: int) -> int:
+    """Cores that one of the ranks on this machine may take.
+
+    Args:
+        ranks: how many there are here.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return (os.cpu_count() or 1) // ranks
+    cores = len(os.sched_getaffinity(0))
+    on_node = int(os.environ.get("SLURM_CPUS_ON_NODE", 0))
+    # Fewer than the node has: SLURM has given each rank cores of its own.
+    return cores if cores < on_node else cores // ranks
+
+
 class _Watch:
     """Tells the user of a long wait, and ends one that is too long.
 

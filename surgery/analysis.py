@@ -73,13 +73,19 @@ def look_inside(backbone: Backbone, images: Tensor) -> Inside:
         InvalidSetting: see `check_blocks`.
     """
     check_blocks(backbone)
-    tower, notes = backbone.tower, _Notes(backbone.tower.depth - 1)
-    tokens = tower.project(backbone.walk(images, notes))
-    modules = torch.stack(notes.modules, dim=1)  # [B, 2 * blocks, D]
+    tower = backbone.tower
+
+    def look(part: Tensor) -> tuple[Tensor, ...]:
+        notes = _Notes(tower.depth - 1)
+        tokens = tower.project(backbone.walk(part, notes))
+        modules = torch.stack(notes.modules, dim=1)  # [B, 2 * blocks, D]
+        return tokens, modules, *(notes.attention[kind] for kind in ATTENTIONS)
+
+    tokens, modules, *attention = backbone.graph_batches.run(look, images)
     grid = tower.grid((images.shape[2], images.shape[3]))
     pairs = (tower.depth, len(MODULES))
     return Inside(
-        notes.attention,
+        dict(zip(ATTENTIONS, attention, strict=True)),
         tower.project(modules, norm=False).unflatten(1, pairs),
         tower.project(modules).unflatten(1, pairs),
         ImageTokens(tokens[:, 0], tokens[:, 1:], grid),

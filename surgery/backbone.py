@@ -111,7 +111,7 @@ class Backbone(nn.Module):
         checkpoint: where the weights came from.
         recipe, plan: how the image tower is reformed, and what that means for this tower.
         batches: how many images are encoded at once.
-        graph_batches: how many at once where gradients are recorded.
+        graph_batches: how many at once where gradients are recorded, or attention is kept.
     """
 
     def __init__(

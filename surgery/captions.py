@@ -40,7 +40,7 @@ def read_captions(backbone: Backbone, captions: Sequence[str]) -> list[CaptionTo
     """
     tokenizer = backbone.tokenizer
     texts = tokenise(tokenizer, captions, backbone.context_length)
-    features = backbone.encode_text_tokens(texts.ids.to(backbone.device))
+    features = backbone.encode_text_tokens(texts.ids)
     return [
         CaptionTokens(ids[:length], words[:length], cut, readable(tokenizer, ids[:length].tolist()))
         for ids, words, length, cut in zip(
@@ -54,7 +54,7 @@ def place_tokens(image: ImageTokens, features: Tensor, redundant: Tensor | None)
 
     Args:
         image: of one or more images.
-        features: [L, C], of `CaptionTokens`.
+        features: [L, C], of `CaptionTokens`; or [B, L, C], of each image its own.
         redundant: [1, C], the empty text's feature, which every token loses; None: it loses nothing.
 
     Returns:

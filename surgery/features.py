@@ -18,7 +18,7 @@ def similarity(patch_tokens: Tensor, text: Tensor) -> Tensor:
 
     Args:
         patch_tokens: [B, N, C].
-        text: [T, C].
+        text: [T, C], or [B, T, C], of each image its own.
 
     Returns:
         [B, N, T], in [-1, 1].
@@ -34,7 +34,7 @@ def similarity(patch_tokens: Tensor, text: Tensor) -> Tensor:
     """
     _check(patch_tokens, None, text)
     with torch.autocast(patch_tokens.device.type, enabled=False):
-        return _unit(patch_tokens) @ _unit(text).T
+        return _unit(patch_tokens) @ _unit(text).mT
 
 
 def feature_surgery(
@@ -57,7 +57,7 @@ def feature_surgery(
     Args:
         patch_tokens: [B, N, C].
         class_token: [B, C].
-        text: [T, C].
+        text: [T, C]; with `redundant` also [B, T, C], of each image its own.
         redundant: [1, C], the feature of the empty text, for single texts: f.(t - redundant), with
             neither weights nor form. Without it, one text alone is refused.
         tau: temperature of the weights.
@@ -80,11 +80,13 @@ def feature_surgery(
     with torch.autocast(patch_tokens.device.type, enabled=False):
         f, t = _unit(patch_tokens), _unit(text)
         if redundant is not None:
-            if redundant.shape != (1, text.shape[1]):
+            if redundant.shape != (1, text.shape[-1]):
                 raise ValueError(
-                    f"redundant: expected [1, {text.shape[1]}], given {list(redundant.shape)}"
+                    f"redundant: expected [1, {text.shape[-1]}], given {list(redundant.shape)}"
                 )
-            return f @ (t - _unit(redundant)).T
+            return f @ (t - _unit(redundant)).mT
+        if text.ndim > 2:
+            raise ValueError("texts of each image's own need what is redundant in them")
         if len(text) == 1:
             raise ValueError(
                 "one text has nothing to share with others, its similarity would be 0 everywhere; "
@@ -317,7 +319,8 @@ def _check(patch_tokens: Tensor, class_token: Tensor | None, text: Tensor) -> No
     if patch_tokens.ndim != 3:
         raise ValueError(f"patch_tokens: expected [B, N, C], given {list(patch_tokens.shape)}")
     batch, _, channels = patch_tokens.shape
-    if text.ndim != 2 or text.shape[1] != channels:
+    own = text.shape[:-2] == (batch,)
+    if not (text.ndim == 2 or own) or text.shape[-1] != channels:
         raise ValueError(f"text: expected [T, {channels}], given {list(text.shape)}")
     if class_token is not None and class_token.shape != (batch, channels):
         raise ValueError(

@@ -14,6 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from surgery.enlarging import (
+    interpolation,
+    largest,
+    on_canvas,
+    stack_padded,
+    window_interpolation,
+)
 from surgery.windows import Window
 
 _NUMBERS_IN_CACHE = 1 << 20
@@ -58,7 +65,7 @@ def label_maps(
     scores: Sequence[Sequence[Tensor]],
     windows: Sequence[Sequence[Window]],
     image_sizes: Sequence[tuple[int, int]],
-    size: tuple[int, int],
+    sizes: Sequence[tuple[int, int]],
     patch_size: tuple[int, int],
     rules: Rules,
     refine: Callable[[int], Refine] | None = None,
@@ -69,13 +76,14 @@ def label_maps(
         scores: [T, h, w] of each window of each image, see `window_similarities`.
         windows: where they are.
         image_sizes: (height, width) of what the windows were cut from.
-        size: (H, W) of the answers.
+        sizes: (H, W) of each answer.
         patch_size: of the network.
         rules: how a label is chosen.
         refine: gives what refines the maps of image i.
 
     Returns:
-        Label values int64 [B, H, W].
+        Label values int64 [B, H, W], H and W the largest of the sizes; what is below and beside an
+        image's own answer means nothing.
 
     Raises:
         ValueError: no texts.
@@ -83,12 +91,12 @@ def label_maps(
     Example:
         >>> scores = torch.tensor([[[0.2, 0.2]], [[0.3, 0.1]], [[0.1, 0.2]]])
         >>> rules = Rules(torch.tensor([1, 2, 0]), threshold=0.7)
-        >>> label_maps([[scores]], [[Window(0, 0, 8, 16)]], [(8, 16)], (1, 2), (8, 8), rules)
+        >>> label_maps([[scores]], [[Window(0, 0, 8, 16)]], [(8, 16)], [(1, 2)], (8, 8), rules)
         tensor([[[2, 0]]])
     """
     if rules.area is None and not rules.half and not rules.by_image_size and refine is None:
         scale = None if rules.threshold is None else rules.scale
-        word, probability = best_texts(scores, windows, image_sizes, size, patch_size, scale=scale)
+        word, probability = best_texts(scores, windows, image_sizes, sizes, patch_size, scale=scale)
         labels = rules.values[word]
         if probability is None or rules.threshold is None:
             return labels
@@ -99,9 +107,9 @@ def label_maps(
     with torch.autocast(scores[0][0].device.type, enabled=False):
         for i, parts in enumerate(scores):
             change = None if refine is None else refine(i)
-            where = (windows[i], image_sizes[i], size, patch_size)
+            where = (windows[i], image_sizes[i], sizes[i], patch_size)
             found.append(_choose(_Maps(parts, *where, rules, change), rules))
-    return torch.stack(found)
+    return on_canvas(found)
 
 
 class _Maps:
@@ -195,36 +203,54 @@ def best_texts(
     scores: Sequence[Sequence[Tensor]],
     windows: Sequence[Sequence[Window]],
     image_sizes: Sequence[tuple[int, int]],
-    size: tuple[int, int],
+    sizes: Sequence[tuple[int, int]],
     patch_size: tuple[int, int],
     *,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`best_text` of several images; all at once, where each was seen as a whole.
+    """`best_text` of several images, each at its own size on a common canvas.
+
+    Windows are rows and columns of a grid: to enlarge each, to average them where they overlap, and to
+    bring all to a size is one product along either side. So images that were cut alike are worked on
+    at once, and have the numbers of `best_text` up to rounding.
 
     Args:
         scores: [T, h, w] of each window of each image.
-        windows: where they are.
-        image_sizes: of what the windows were cut from.
-        size: (H, W) of the answers.
+        windows: where they are, row by row as `cut_windows` makes them; the same in all images.
+        image_sizes: (height, width) of what they were cut from; the same for all images.
+        sizes: (H, W) of each answer.
         patch_size: of the network.
         scale: as of `best_text`.
 
     Returns:
-        The indices [B, H, W] int64, and, with a `scale`, the probabilities [B, H, W].
+        The indices [B, H, W] int64, H and W the largest of the sizes, and, with a `scale`, the
+        probabilities [B, H, W]. What is below and beside an image's own answer means nothing.
     """
-    firsts = [of[0] for of in scores]
-    alike = all(len(of) == 1 and of[0].shape == firsts[0].shape for of in scores)
-    if len(scores) > 1 and alike and _whole(firsts[0], windows[0], image_sizes[0], patch_size):
-        with torch.autocast(firsts[0].device.type, enabled=False):
-            return _best_of_grid(torch.stack(firsts), size, scale)
-    found = [
-        best_text(*image, size, patch_size, scale=scale)
-        for image in zip(scores, windows, image_sizes, strict=True)
-    ]
-    index = torch.stack([words for words, _ in found])
-    likely = [probability for _, probability in found if probability is not None]
-    return index, torch.stack(likely) if likely else None
+    if len(scores) == 1:
+        alone = (scores[0], windows[0], image_sizes[0], sizes[0], patch_size)
+        index, probability = best_text(*alone, scale=scale)
+        return index[None], None if probability is None else probability[None]
+    if not len(scores[0][0]):
+        raise ValueError(_NO_TEXT)
+    boxes, parts = windows[0], torch.stack([part for of in scores for part in of])
+    starts = [list(dict.fromkeys(of)) for of in ([b.top for b in boxes], [b.left for b in boxes])]
+    lengths = (boxes[0].height, boxes[0].width)
+    grid = parts.unflatten(0, (len(scores), *map(len, starts))).permute(0, 3, 1, 4, 2, 5)
+    whole = _whole(scores[0][0], boxes, image_sizes[0], patch_size)
+    matrices = []
+    for axis, cells in enumerate(parts.shape[2:]):
+        cut = (tuple(starts[axis]), lengths[axis], image_sizes[0][axis], cells, patch_size[axis])
+        matrices.append(
+            [
+                interpolation(cells, size[axis], parts.dtype)
+                if whole
+                else window_interpolation(*cut, size[axis], parts.dtype)
+                for size in sizes
+            ]
+        )
+    down, across = (stack_padded(of, parts.device) for of in matrices)
+    with torch.autocast(parts.device.type, enabled=False):
+        return _best_of_grid(grid.flatten(4, 5).flatten(2, 3), down, across, largest(sizes), scale)
 
 
 def _whole(
@@ -272,7 +298,11 @@ def best_text(
         raise ValueError(_NO_TEXT)
     if _whole(scores[0], windows, image_size, patch_size):
         with torch.autocast(scores[0].device.type, enabled=False):
-            index, probability = _best_of_grid(scores[0][None], size, scale)
+            down, across = (
+                interpolation(cells, pixels, scores[0].dtype).to(scores[0].device)
+                for cells, pixels in zip(scores[0].shape[1:], size, strict=True)
+            )
+            index, probability = _best_of_grid(scores[0][None], down, across, size, scale)
         return index[0], None if probability is None else probability[0]
     count = len(scores[0])
     cells = max(size[0] * size[1], image_size[0] * image_size[1])
@@ -293,35 +323,40 @@ def best_text(
 
 
 def _best_of_grid(
-    scores: Tensor, size: tuple[int, int], scale: float | None
+    scores: Tensor, down: Tensor, across: Tensor, size: tuple[int, int], scale: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """`best_texts` of the windows of whole images, [B, T, h, w].
+    """The best texts of grids of cells [B, T, h, w] at `size`, by two products.
 
-    A few rows of pixels at a time, by two products with the weights of the interpolation, texts
-    last: what is compared stays in the processor's cache.
+    A few rows of pixels at a time, texts last: what is compared stays in the processor's cache.
+
+    Args:
+        scores: of the cells.
+        down: interpolation [H, h], or one for each image, [B, H, h].
+        across: the same of the other side, [W, w] or [B, W, w].
+        size: (H, W).
+        scale: as of `best_text`.
+
+    Returns:
+        As of `best_texts`.
     """
     images, count, height, width = *scores.shape[:2], *size
-    down, across = (
-        F.interpolate(
-            torch.eye(cells, dtype=scores.dtype, device=scores.device)[None],
-            size=pixels,
-            mode="linear",
-            align_corners=False,
-        )[0].T
-        for cells, pixels in zip(scores.shape[2:], size, strict=True)
-    )
-    wide = torch.einsum("xw,bthw->bhxt", across, scores).flatten(2)
-    numbers = _NUMBERS_IN_CACHE if scores.device.type == "cpu" else _NUMBERS_AT_ONCE
-    rows = max(1, numbers // (images * width * count))
     index = torch.empty((images, *size), dtype=torch.int64, device=scores.device)
     best = scores.new_empty(images, *size)
     total = torch.empty_like(best)
-    for start in range(0, height, rows):
-        here = slice(start, start + rows)
-        part = (down[here] @ wide).unflatten(2, (width, count))
-        best[:, here], index[:, here] = part.max(dim=3)
-        if scale is not None:
-            total[:, here] = (scale * part).logsumexp(dim=3)
+    numbers = _NUMBERS_IN_CACHE if scores.device.type == "cpu" else _NUMBERS_AT_ONCE
+    step = max(1, _NUMBERS_KEPT // (count * scores.shape[2] * width))
+    for first in range(0, images, step):
+        some = slice(first, first + step)
+        lines, columns = (of[some] if of.ndim == 3 else of for of in (down, across))
+        own = "bxw,bthw->bhxt" if columns.ndim == 3 else "xw,bthw->bhxt"
+        wide = torch.einsum(own, columns, scores[some]).flatten(2)
+        rows = max(1, numbers // (len(wide) * width * count))
+        for start in range(0, height, rows):
+            here = slice(start, start + rows)
+            part = (lines[..., here, :] @ wide).unflatten(2, (width, count))
+            best[some, here], index[some, here] = part.max(dim=3)
+            if scale is not None:
+                total[some, here] = (scale * part).logsumexp(dim=3)
     return index, None if scale is None else (scale * best - total).exp()
 
 

@@ -120,5 +120,5 @@ def token_similarity(class_token: Tensor, token_features: Tensor) -> Tensor:
 
 
 def rank_tokens(scores: Tensor) -> Tensor:
-    """Positions [L] of tokens from the highest score [L] to the lowest; the first of equals leads."""
+    """Positions [..., L] of tokens from the highest score [..., L] to the lowest; of equals the first."""
     return scores.argsort(descending=True, stable=True)

@@ -98,6 +98,9 @@ class Task(LightningModule):
     prompt_templates: Sequence[str] = TEMPLATES
     """What words are put into, each with one {}."""
 
+    measures_on_host: bool = False
+    """Whether what is measured is on the host already when it is."""
+
     texts: Texts | None = None
     """The class texts, unit features [T,C]; no part of the network, so no precision is theirs."""
 
@@ -260,28 +263,18 @@ class Task(LightningModule):
             )
         ]
 
-    def explain_images(
+    def explain_batches(
         self, images: Tensor | list[Tensor], methods: Mapping[str, Mapping[str, Any]]
-    ) -> list[dict[str, Tensor]]:
-        """Similarities of each of B images with the class texts, by several methods.
+    ) -> Iterator[dict[str, Tensor]]:
+        """Similarities of images with the class texts, by several methods.
 
         Args:
             images: uint8, which may differ in size.
             methods: name, see `surgery.explain` -> its options.
 
-        Returns:
-            Name -> [T,h,w], of each image.
+        Yields:
+            Name -> [b,T,h,w], of all images at once, or of each where they differ in size.
         """
-        return [
-            {name: of[i] for name, of in maps.items()}
-            for maps in self.explain_batches(images, methods)
-            for i in range(len(next(iter(maps.values()))))
-        ]
-
-    def explain_batches(
-        self, images: Tensor | list[Tensor], methods: Mapping[str, Mapping[str, Any]]
-    ) -> Iterator[dict[str, Tensor]]:
-        """The same, name -> [b,T,h,w], of all images at once, or of each where they differ in size."""
         assert self.texts is not None  # needs = ("classes",)
         for batch in self.pixels(images):
             with self.backbone.encoding_once(batch):
@@ -298,7 +291,8 @@ class Task(LightningModule):
     def on_predict_start(self) -> None:
         """Compare and measure where the tokens are; Apple's GPUs have no float64."""
         self.texts = self.texts and self.texts.to(self.device)
-        self.measures.to(torch.device("cpu") if self.device.type == "mps" else self.device)
+        on_host = self.measures_on_host or self.device.type == "mps"
+        self.measures.to(torch.device("cpu") if on_host else self.device)
 
 
 def offers(info: DatasetInfo) -> frozenset[str]:

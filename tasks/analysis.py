@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from common.errors import InvalidSetting
-from datamodules._samples import Batch
+from datamodules._samples import Batch, Sample
 from surgery import similarity, similarity_map
 from surgery.analysis import (
     ATTENTIONS,
-    Inside,
     affinity,
     cells,
     check_blocks,
@@ -25,9 +24,11 @@ from surgery.analysis import (
     map_likeness,
     strongest,
 )
+from surgery.devices import send
 from surgery.texts import empty_text
 from tasks._draw import Look, heat_maps, mark_cell
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
+from tasks._transfer import Copy
 from tasks.measures._measures import label_masks
 from tasks.measures.analysis import DISTANCES, SELECTIONS, STAGES, AnalysisMeasures
 from tasks.run.results import Facts, ImageResult
@@ -105,101 +106,129 @@ class Analysis(Task):
         super().configure_texts()
         self.texts = self.texts and replace(self.texts, empty=empty_text(self.backbone))
 
+    def on_predict_start(self) -> None:
+        """Texts and measures stay on the host: there are hundreds of small steps for each image."""
+
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
         """All numbers of each image, and its pictures where they are wanted."""
+        parts = [image[None] for image in batch.images]
+        if self.device.type != "cpu" and isinstance(batch.images, Tensor):
+            parts = [batch.images]
+        looks = [self._look(self.backbone.preprocess(part)) for part in parts]
+        labels = [s.label for s in batch.samples if s.label is not None]
+        pictures = batch.images if self.draws else []
+        tensors = [tensor for look in looks for tensor in look.values()]
+        arrived = iter(Copy([*tensors, *labels, *pictures]).tensors())
+        images = []
+        for look in looks:
+            here = {name: next(arrived) for name in look}
+            count = len(here["plain"])
+            images += [{name: of[i] for name, of in here.items()} for i in range(count)]
+        on_host = [None if s.label is None else next(arrived) for s in batch.samples]
         return [
-            self._look_at(sample.key, image, sample.positives or (), sample.label, sample.size)
-            for sample, image in zip(batch.samples, batch.images, strict=True)
+            self._look_at(sample, look, label, next(arrived, None))
+            for sample, look, label in zip(batch.samples, images, on_host, strict=True)
         ]
 
+    def _look(self, pixels: Tensor) -> dict[str, Tensor]:
+        """What the network says of b images that differs from image to image: tensors [b,...].
+
+        Patch tokens of ``plain`` CLIP and ``reformed`` ones; of a ViT also, of `Inside`, the attention of
+        `ATTENTIONS`, ``modules`` and ``normed_modules``, and the ``final`` class token.
+        """
+        seen: dict[str, Tensor] = {}
+        if self.backbone.tower.has_modules:
+            inside = look_inside(self.backbone, pixels)
+            plain = inside.tokens
+            seen |= inside.attention | {"final": plain.class_token}
+            seen |= {"modules": inside.modules, "normed_modules": inside.normed_modules}
+        else:
+            plain = self.backbone.with_attention("raw").encode_image(pixels)
+        assert self.texts is not None  # set before the first batch
+        texts = send(self.texts.features, pixels.device)
+        reformed = self.backbone.encode_image(pixels, texts)
+        return seen | {"plain": plain.patch_tokens, "reformed": reformed.patch_tokens}
+
     def _look_at(
-        self,
-        key: str,
-        image: Tensor,
-        positives: tuple[int, ...],
-        label: Tensor | None,
-        size: tuple[int, int],
+        self, sample: Sample, seen: dict[str, Tensor], label: Tensor | None, image: Tensor | None
     ) -> ImageResult:
-        """What is measured on an image uint8 [3,S,S'] of size (H, W) with these labels."""
+        """What is measured on an image.
+
+        Args:
+            sample: with its labels.
+            seen: of `_look`, of this image alone.
+            label: the truth.
+            image: uint8 [3,S,S'] to draw on, or None.
+        """
+        positives, size = sample.positives or (), sample.size
         names = [self.info.classes[index] for index in positives]
         if not positives:
-            return ImageResult(key, (Facts({"classes": {}}),))
-        pixels = self.backbone.preprocess(image[None])
-        inside = look_inside(self.backbone, pixels) if self.backbone.tower.has_modules else None
-        cosines = self._similarities(pixels, inside, positives)
+            return ImageResult(sample.key, (Facts({"classes": {}}),))
+        cosines = self._similarities(seen, positives, self._grid(sample))
         values: dict[str, Tensor] = {}
         drawn: list[partial[Files]] = []
         endings = [f"{i:03d}-{slug(name)}.jpg" for i, name in zip(positives, names, strict=True)]
-        if self.selection and inside is not None and label is not None:
+        if self.selection and "modules" in seen and label is not None:
             foreground, _ = label_masks(label, positives, self.info)
-            values["selection"], queries = _selection(inside, cosines, foreground)
-            rows = torch.stack(
-                [inside.attention[k][0, 1 + queries[k], 1:] for k in ATTENTIONS], dim=1
-            )
+            values["selection"], queries = _selection(seen, cosines, foreground)
+            rows = torch.stack([seen[k][1 + queries[k], 1:] for k in ATTENTIONS], dim=1)
             drawn.append(
                 partial(draw_rows, rows=rows, queries=queries, grid=cosines.grid, look=self.look)
             )
-        if self.affinity and inside is not None:
-            values |= self._affinity(inside, positives)
+        if self.affinity and "modules" in seen:
+            values |= self._affinity(seen, positives)
         if self.redundancy:
             values["redundancy"], maps = _redundancy(cosines, size)
             drawn.append(partial(draw_maps, maps=maps, look=self.look))
         self.measures.update(values, positives)
 
         def draw() -> Files:
-            picture = image.cpu()
-            return {k: v for one in drawn for k, v in one(picture, size, endings).items()}
+            assert image is not None  # else it is not called
+            return {k: v for one in drawn for k, v in one(image, size, endings).items()}
 
         facts = Facts(_record(names, values))
-        return ImageResult(key, (facts,), draw if self.draws else None)
+        return ImageResult(sample.key, (facts,), None if image is None else draw)
+
+    def _grid(self, sample: Sample) -> tuple[int, int]:
+        assert isinstance(sample.image, Tensor)  # decoded
+        return self.backbone.tower.grid((sample.image.shape[1], sample.image.shape[2]))
 
     def _similarities(
-        self, pixels: Tensor, inside: Inside | None, positives: tuple[int, ...]
+        self, seen: dict[str, Tensor], positives: tuple[int, ...], grid: tuple[int, int]
     ) -> Cosines:
         """Cosines on the token grid, plain CLIP's and those of the reformed attention."""
         assert self.texts is not None
         assert self.texts.empty is not None  # both are set before the first batch
         text = torch.cat([self.texts.features[list(positives)], self.texts.empty])
-        reformed = self.backbone.encode_image(pixels, self.texts.features)
-        if inside is not None:
-            plain = inside.tokens
-        else:
-            plain = self.backbone.with_attention("raw").encode_image(pixels)
-        return Cosines(
-            similarity(plain.patch_tokens, text)[0],
-            similarity(reformed.patch_tokens, text)[0],
-            reformed.grid,
-        )
+        plain, reformed = (similarity(seen[k][None], text)[0] for k in ("plain", "reformed"))
+        return Cosines(plain, reformed, grid)
 
-    def _affinity(self, inside: Inside, positives: tuple[int, ...]) -> dict[str, Tensor]:
+    def _affinity(self, seen: dict[str, Tensor], positives: tuple[int, ...]) -> dict[str, Tensor]:
         """The modules' affinity [2, 2 * blocks] with positive labels, the final class token's [2]."""
         assert self.texts is not None
         text = self.texts.features
         chosen = list(positives)
         rest = [i for i in range(len(text)) if i not in positives]
-        modules = torch.stack([inside.modules[0], inside.normed_modules[0]]).flatten(1, 2)
-        final = inside.tokens.class_token[0]
-        return {
-            "modules": affinity(modules, text[chosen]),
-            "final": torch.stack([affinity(final, text[rows]) for rows in (chosen, rest)]),
-        }
+        modules = torch.stack([seen["modules"], seen["normed_modules"]]).flatten(1, 2)
+        final = [affinity(seen["final"], text[rows]) for rows in (chosen, rest)]
+        return {"modules": affinity(modules, text[chosen]), "final": torch.stack(final)}
 
 
 def _selection(
-    inside: Inside, cosines: Cosines, foreground: Tensor
+    seen: dict[str, Tensor], cosines: Cosines, foreground: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """FSR [P, 4] in the order of ``SELECTIONS``, and which patch asks [P] for each attention.
 
-    foreground: bool [P,H,W]. Void pixels are not of the object, as Eq. 4 has it.
+    seen: of `Analysis._look`. foreground: bool [P,H,W]. Void pixels are not of the object, as Eq. 4 has
+    it.
     """
     shares = cells(foreground, cosines.grid)
     queries = {
         "raw": strongest(cosines.plain[:, :-1]),
         "consistent": strongest(cosines.architecture[:, :-1]),
     }
-    weights = {kind: inside.attention[kind][0] for kind in ATTENTIONS}
-    values = [foreground_selection(weights[kind], queries[kind], shares) for kind in ATTENTIONS]
-    values.append(foreground_selection(weights["consistent"], queries["raw"], shares))
+    values = [foreground_selection(seen[kind], queries[kind], shares) for kind in ATTENTIONS]
+    values.append(foreground_selection(seen["consistent"], queries["raw"], shares))
     return torch.stack([*values, shares.mean(dim=1)], dim=1), queries
 
 

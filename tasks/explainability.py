@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -13,11 +13,12 @@ from torch import Tensor
 from common.errors import InvalidSetting
 from datamodules._samples import Batch
 from surgery import METHODS, similarity_map
+from surgery.enlarging import inside, min_max_inside, padded_maps
 from surgery.features import min_max
 from surgery.methods import check_methods
 from tasks._draw import Look, heat_maps
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
-from tasks._transfer import alike, fetch, send
+from tasks._transfer import Copy, Group, Later, groups_of, send_rows
 from tasks.measures.explainability import ExplainabilityMeasures
 from tasks.run.results import ByMethod, Facts, ImageResult, Masks, Similarities
 
@@ -76,7 +77,7 @@ class Explainability(Task):
         self.wants_originals = self.draws
         super().setup(stage)
 
-    def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
+    def predict_step(self, batch: Batch, batch_idx: int = 0) -> Sequence[ImageResult]:
         """Maps and masks of the positive labels of each image, similarities of all classes."""
         options: dict[str, dict[str, Any]] = {
             "surgery": {"form": self.feature_surgery, "tau": self.tau},
@@ -85,11 +86,11 @@ class Explainability(Task):
         methods = {name: options.get(name, {}) for name in self.methods}
         everything = tuple(range(len(self.info.classes)))
         shown = [everything if s.positives is None else s.positives for s in batch.samples]
-        groups = alike(batch.samples, [len(classes) for classes in shown], self.device)
+        groups = groups_of(batch.samples, [len(classes) for classes in shown], self.device)
         # Of each map that is wanted: its image in the batch and in the group, and its class.
         pairs = [[(i, j, k) for j, i in enumerate(group) for k in shown[i]] for group in groups]
         flat = [pair for part in pairs for pair in part]
-        rows = send(flat, self.device).view(-1, 3).split([len(part) for part in pairs])
+        rows = send_rows(flat, self.device).view(-1, 3).split([len(part) for part in pairs])
         explained = list(self.explain_batches(batch.images, methods))
         maps: list[dict[str, Tensor]] = []
         for group, wanted in zip(groups, rows, strict=True):
@@ -98,13 +99,12 @@ class Explainability(Task):
             if len(explained) > 1:  # each image by itself, as they differ in size
                 similarities = {m: torch.cat([explained[i][m] for i in group]) for m in methods}
                 images = places
-            size = batch.samples[group[0]].size
             chosen = {m: of[images, classes] for m, of in similarities.items()}
             labels = [s.label for i in group if (s := batch.samples[i]).label is not None]
-            code = {m: _maps(scores, size, "code") for m, scores in chosen.items()}
+            code = {m: _maps(of, places, group.sizes) for m, of in chosen.items()}
             paper = {}
             if labels or self.order == "paper":
-                paper = {m: min_max(values) for m, values in code.items()}
+                paper = {m: _scaled(of, places, group.sizes) for m, of in code.items()}
             maps.append(code if self.order == "code" else paper)
             if labels:
                 others = paper if self.order == "code" else code
@@ -115,10 +115,10 @@ class Explainability(Task):
         self,
         batch: Batch,
         shown: Sequence[tuple[int, ...]],
-        groups: Sequence[Sequence[int]],
+        groups: Sequence[Group],
         explained: Sequence[dict[str, Tensor]],
         maps: Sequence[dict[str, Tensor]],
-    ) -> list[ImageResult]:
+    ) -> Sequence[ImageResult]:
         """What is said of each image.
 
         Args:
@@ -130,35 +130,50 @@ class Explainability(Task):
         """
         above = [values >= self.threshold for part in maps for values in part.values()]
         scores = [stored(m, values) for part in explained for m, values in part.items()]
-        arrays = iter(fetch([*above, *scores]))
-        masks: list[dict[str, Masks]] = [{} for _ in batch.samples]
-        drawn: list[dict[str, Tensor]] = [{} for _ in batch.samples]
-        for group, part in zip(groups, maps, strict=True):
-            for method, values in part.items():
-                array, end = next(arrays), 0
-                for i in group:
-                    here = slice(end, end := end + len(shown[i]))
+        drawn = [values for part in maps for values in part.values()] if self.draws else []
+        pictures = [
+            image if sample.original is None else sample.original
+            for image, sample in zip(batch.images, batch.samples, strict=True)
+        ]
+        copy = Copy([*above, *scores, *drawn, *(pictures if self.draws else [])])
+        facts = [(sample.key, sample.size) for sample in batch.samples]
+        counts = [len(part[self.methods[0]]) for part in explained]
+
+        def make() -> list[ImageResult]:
+            found = iter(copy.tensors())
+            masks: list[dict[str, Masks]] = [{} for _ in facts]
+            places = [(g, m) for g in groups for m in self.methods]
+            for group, method in places:
+                array = next(found).numpy()
+                for i, here in cut(group, shown):
                     names = [self.info.classes[index] for index in shown[i]]
                     masks[i][method] = Masks(names, shown[i], array[here])
-                    drawn[i][f"{method}."] = values[here]
-        similarities: list[dict[str, Similarities]] = []
-        for part in explained:
-            of = {method: next(arrays) for method in part}
-            count = len(of[self.methods[0]])
-            similarities += [{m: Similarities(a[i]) for m, a in of.items()} for i in range(count)]
-        results = []
-        for i, sample in enumerate(batch.samples):
-            said = {m: (masks[i][m], similarities[i][m]) for m in self.methods}
-            facts = Facts({"threshold": self.threshold, "size": list(sample.size)})
-            draw = None
+            similarities: list[dict[str, Similarities]] = []
+            for count in counts:
+                of = {method: next(found).numpy() for method in self.methods}
+                similarities += [
+                    {m: Similarities(a[i]) for m, a in of.items()} for i in range(count)
+                ]
+            draws: list[partial[dict[str, np.ndarray]] | None] = [None] * len(facts)
             if self.draws:
-                image = batch.images[i] if sample.original is None else sample.original
-                shown_maps, endings = drawn[i], masks[i][self.methods[0]].endings()
-                if self.look.classes is not None:
-                    shown_maps, endings = self._best_maps(similarities[i], sample.size)
-                draw = partial(draw_maps, image.cpu(), shown_maps, endings, self.look)
-            results.append(ImageResult(sample.key, (ByMethod(said), facts), draw))
-        return results
+                heat: list[dict[str, Tensor]] = [{} for _ in facts]
+                for group, method in places:
+                    values = next(found)
+                    for i, here in cut(group, shown):
+                        heat[i][f"{method}."] = values[here]
+                for i, image in enumerate(found):
+                    drawn_maps, endings = heat[i], masks[i][self.methods[0]].endings()
+                    if self.look.classes is not None:
+                        drawn_maps, endings = self._best_maps(similarities[i], facts[i][1])
+                    draws[i] = partial(draw_maps, image, drawn_maps, endings, self.look)
+            results = []
+            for i, (key, size) in enumerate(facts):
+                said = {m: (masks[i][m], similarities[i][m]) for m in self.methods}
+                more = Facts({"threshold": self.threshold, "size": list(size)})
+                results.append(ImageResult(key, (ByMethod(said), more), draws[i]))
+            return results
+
+        return Later(len(facts), make)
 
     def _best_maps(
         self, similarities: dict[str, Similarities], size: tuple[int, int]
@@ -167,17 +182,38 @@ class Explainability(Task):
         peaks = similarities[self.methods[0]].values.max(axis=(1, 2))
         best = np.argsort(-peaks, kind="stable")[: self.look.classes].tolist()
         names = [self.info.classes[index] for index in best]
-        maps = {
-            f"{method}.": _maps(torch.from_numpy(of.values[best]).float(), size, self.order)
-            for method, of in similarities.items()
-        }
+        maps = {}
+        for method, of in similarities.items():
+            scores = torch.from_numpy(of.values[best]).float()
+            grid = (scores.shape[1], scores.shape[2])
+            flat = scores.flatten(1).T[None]
+            maps[f"{method}."] = similarity_map(flat, grid, size, order=self.order)[0]
         return maps, Masks(names, best, np.zeros((len(best), *size), bool)).endings()
 
 
-def _maps(scores: Tensor, size: tuple[int, int], order: Literal["code", "paper"]) -> Tensor:
-    """Similarities [P,h,w] as maps [P,H,W]."""
+def cut(
+    group: Group, shown: Sequence[tuple[int, ...]]
+) -> Iterator[tuple[int, tuple[slice, slice, slice]]]:
+    """Each image of a group, and where its maps are among those of all, [P,H,W]."""
+    end = 0
+    for i, (height, width) in zip(group, group.sizes, strict=True):
+        rows = slice(end, end := end + len(shown[i]))
+        yield i, (rows, slice(height), slice(width))
+
+
+def _maps(scores: Tensor, images: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """Maps [P,H,W] of similarities [P,h,w] of images [P], as released, on a canvas of all sizes."""
+    if len({*sizes}) > 1:
+        return padded_maps(scores, images, sizes)
     grid = (scores.shape[1], scores.shape[2])
-    return similarity_map(scores.flatten(1).T[None], grid, size, order=order)[0]
+    return similarity_map(scores.flatten(1).T[None], grid, sizes[0])[0]
+
+
+def _scaled(maps: Tensor, images: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """Maps of the released order as those of the paper's."""
+    if len({*sizes}) > 1:
+        return min_max_inside(maps, inside(sizes, maps.device)[images])
+    return min_max(maps)
 
 
 def stored(method: str, scores: Tensor) -> Tensor:

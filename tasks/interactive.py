@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
 from common.errors import InvalidSetting
-from datamodules._samples import Batch, DatasetInfo
+from datamodules._samples import Batch, DatasetInfo, Sample
 from surgery import encode_prompts
 from surgery.methods import check_methods
 from surgery.points import combined_points
@@ -20,6 +20,7 @@ from surgery.texts import empty_text
 from tasks._draw import point_figure
 from tasks._sam import SamTask, points_result
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig
+from tasks._transfer import Copy, send_rows
 from tasks.measures.interactive import InteractiveMeasures
 from tasks.run.results import ByMethod, ImageResult, Points
 from tasks.run.stored import slug
@@ -59,6 +60,7 @@ class Interactive(SamTask):
 
     measured_by = InteractiveMeasures
     measures: InteractiveMeasures
+    measures_on_host = True  # where points are chosen
 
     def __init__(
         self,
@@ -100,64 +102,105 @@ class Interactive(SamTask):
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
         """Points, and masks with SAM, of the positive labels of each image."""
-        methods = {name: {"alone": True} if name in ALONE else {} for name in self.methods}
+        everything = tuple(range(len(self.info.classes)))
+        shown = [everything if s.positives is None else s.positives for s in batch.samples]
+        arrived = self._on_host(batch, shown)
         results = []
-        explained = self.explain_images(batch.images, methods)
-        for i, (sample, similarities) in enumerate(zip(batch.samples, explained, strict=True)):
-            shown, size = sample.positives, sample.size
-            shown = tuple(range(len(self.info.classes))) if shown is None else shown
-            prompts = {
-                method: [self.points(scores, index, size) for index in shown]
-                for method, scores in similarities.items()
-            }
+        for sample, classes, scores, label, image in zip(
+            batch.samples, shown, *arrived, strict=True
+        ):
+            size = sample.size
+            prompts = {m: [self.points(s, size) for s in of] for m, of in scores.items()}
             # At once, so that SAM looks at the image once.
-            masks = iter(self.segment(sample.original, [p for of in prompts.values() for p in of]))
+            original = None if sample.original is None else image
+            masks = iter(self.segment(original, [p for of in prompts.values() for p in of]))
             scored = {method: list(islice(masks, len(of))) for method, of in prompts.items()}
             masked = {method: [mask for mask, _ in of] for method, of in scored.items()}
-            measured = similarities if self.measures.metrics else {}
+            measured = scores if self.measures.metrics else {}
             others = {
-                method: [self.points(scores, index, size, self.measures.other) for index in shown]
-                for method, scores in measured.items()
+                method: [self.points(s, size, self.measures.other) for s in of]
+                for method, of in measured.items()
             }
-            self.measures.update(prompts, masked, others, sample.label, shown)
-            names = [self.info.classes[index] for index in shown]
+            self.measures.update(prompts, masked, others, label, classes)
+            names = [self.info.classes[index] for index in classes]
             points = {
-                method: points_result(size, names, shown, prompts[method], scored[method])
+                method: points_result(size, names, classes, prompts[method], scored[method])
                 for method in self.methods
             }
-            image = batch.images[i] if sample.original is None else sample.original
-            draw = partial(draw_points, image.cpu(), points, shown) if self.draws else None
+            draw = None
+            if self.draws and image is not None:
+                draw = partial(draw_points, image, points, classes)
             said = ByMethod({method: (of,) for method, of in points.items()})
             results.append(ImageResult(sample.key, (said,), draw))
         return results
 
+    def _on_host(
+        self, batch: Batch, shown: Sequence[tuple[int, ...]]
+    ) -> tuple[list[dict[str, list[Tensor]]], list[Tensor | None], list[Tensor | None]]:
+        """What points are found and measured with: points are few, and a choice after the other.
+
+        Args:
+            batch: of the images.
+            shown: classes of each.
+
+        Returns:
+            Of each image: method -> similarities [M,h,w] of the words of each of its classes; its
+            label; the image to draw on, or for SAM, if there is one.
+        """
+        methods = {name: {"alone": True} if name in ALONE else {} for name in self.methods}
+        groups = texts_of(self.info)
+        starts = [0, *accumulate(len(group) for group in groups)]
+        words = [[w for k in of for w in range(starts[k], starts[k + 1])] for of in shown]
+        wanted: list[Tensor] = []
+        counts: list[int] = []
+        for part in self.explain_batches(batch.images, methods):
+            first = sum(counts)
+            counts.append(len(part[self.methods[0]]))
+            rows = [[i, w] for i in range(counts[-1]) for w in words[first + i]]
+            images, columns = send_rows(rows, self.device).view(-1, 2).unbind(1)
+            wanted += [of[images, columns] for of in part.values()]
+        labels = [sample.label for sample in batch.samples]
+        pictures = [self._picture(s, i) for s, i in zip(batch.samples, batch.images, strict=True)]
+        there = [tensor for tensor in (*labels, *pictures) if tensor is not None]
+        arrived = iter(Copy([*wanted, *there]).tensors())
+        scores: list[dict[str, list[Tensor]]] = [{} for _ in shown]
+        first = 0
+        for count in counts:
+            part_of = range(first, first := first + count)
+            for method in self.methods:
+                sizes = [len(groups[k]) for i in part_of for k in shown[i]]
+                found = iter(next(arrived).split(sizes))
+                for i in part_of:
+                    scores[i][method] = list(islice(found, len(shown[i])))
+        host_labels, host_pictures = (
+            [None if tensor is None else next(arrived) for tensor in of]
+            for of in (labels, pictures)
+        )
+        return scores, host_labels, host_pictures
+
+    def _picture(self, sample: Sample, image: Tensor) -> Tensor | None:
+        """What is drawn on, or shown to SAM; None where nothing is."""
+        if self.segmenter is not None or self.draws:
+            return image if sample.original is None and self.draws else sample.original
+        return None
+
     def points(
-        self,
-        similarities: Tensor,
-        index: int,
-        size: tuple[int, int],
-        down_sample: int | None = None,
+        self, similarities: Tensor, size: tuple[int, int], down_sample: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Points [K,2] (x, y) of one class on an image of size (H, W), and their labels [K].
 
         Args:
-            similarities: [T,h,w], of all words of all prompts.
-            index: of the class.
+            similarities: [M,h,w], of the words of its prompt.
             size: of the image.
             down_sample: in place of the task's.
         """
-        groups = texts_of(self.info)
-        first = sum(len(group) for group in groups[:index])
-        scores = similarities[first : first + len(groups[index])]
-        grid = (scores.shape[1], scores.shape[2])
-        points, labels = combined_points(
-            scores.flatten(1).T,
-            grid,
+        return combined_points(
+            similarities.flatten(1).T,
+            (similarities.shape[1], similarities.shape[2]),
             size,
             threshold=self.threshold,
             down_sample=down_sample or self.down_sample,
         )
-        return points.cpu(), labels.cpu()
 
 
 def draw_points(

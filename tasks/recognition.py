@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -12,10 +13,11 @@ from common.errors import InvalidSetting
 from datamodules._datamodule import ShardDataModule
 from datamodules._samples import Batch
 from surgery import ImageTokens, similarity
+from surgery.devices import send
 from surgery.features import merged_predictions, prediction_surgery
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks._text_features import read_text_features
-from tasks._transfer import fetch, send
+from tasks._transfer import Copy, Later
 from tasks.measures._measures import other_reading
 from tasks.measures.recognition import RecognitionMeasures
 from tasks.run.results import Facts, ImageResult, Scores
@@ -93,7 +95,7 @@ class Recognition(Task):
         if len(datamodule.info.classes) < 2:
             raise InvalidSetting("Recognition compares classes: it needs a data set of two or more")
 
-    def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
+    def predict_step(self, batch: Batch, batch_idx: int = 0) -> Sequence[ImageResult]:
         """Scores of all classes, each way, for each image."""
         if not batch.samples:
             return []
@@ -107,12 +109,17 @@ class Recognition(Task):
             rows = send(torch.tensor(known, dtype=torch.int64), self.device)
             labelled = {way: values[rows] for way, values in scores.items()}
         self.measures.update(labelled, send(truth[known], self.device))
-        arrays = fetch([values.float() for values in scores.values()])
-        written = dict(zip(scores, arrays, strict=True))
-        return [
-            self._result(sample.key, {way: values[i] for way, values in written.items()}, truth[i])
-            for i, sample in enumerate(batch.samples)
-        ]
+        copy = Copy([values.float() for values in scores.values()])
+        keys = [sample.key for sample in batch.samples]
+
+        def make() -> list[ImageResult]:
+            written = dict(zip(scores, copy.arrays(), strict=True))
+            return [
+                self._result(key, {way: values[i] for way, values in written.items()}, truth[i])
+                for i, key in enumerate(keys)
+            ]
+
+        return Later(len(keys), make)
 
     def text_files(self) -> list[str]:
         """Those of the class texts, and those for places."""
@@ -121,6 +128,7 @@ class Recognition(Task):
     def configure_texts(self) -> None:
         """Features of the class texts, and those for places."""
         super().configure_texts()
+        self.logit_scale = self.backbone.logit_scale  # read once: a GPU would be waited for
         if self.local_text_features:
             aliases = dict(zip(self.info.prompts, self.info.classes, strict=True))
             features = read_text_features(self.local_text_features, self.words(self.info), aliases)
@@ -147,7 +155,7 @@ class Recognition(Task):
         return {
             "": prediction_surgery(predictions, tau=self.tau, form=self.form),
             other: prediction_surgery(predictions, tau=self.tau, form=other),
-            "softmax": (self.backbone.logit_scale * predictions).softmax(dim=1),
+            "softmax": (self.logit_scale * predictions).softmax(dim=1),
             "cosine": predictions,
         }
 

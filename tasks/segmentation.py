@@ -18,6 +18,7 @@ from datamodules._samples import VOID, Batch, DatasetInfo
 from surgery import ImageTokens, similarity
 from surgery.adapted import adapted_scores, text_clusters
 from surgery.clusters import cluster_cells, correlations, one_label_a_cluster
+from surgery.enlarging import on_canvas
 from surgery.fused import fused_labels, fused_scores, read_layers, read_parts
 from surgery.labels import Refine, Rules, label_maps
 from surgery.prompts import find_templates
@@ -33,15 +34,15 @@ from surgery.windows import (
 from tasks._draw import Look, label_figure
 from tasks._protocols import check_name, find_protocol
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
-from tasks._transfer import alike, fetch
+from tasks._transfer import Copy, Group, Later, groups_of
 from tasks.measures.segmentation import SegmentationMeasures
 from tasks.run.results import Facts, ImageResult, LabelMap
 from tasks.run.terminal import in_words
 
 log = logging.getLogger(__name__)
 
-Choose = Callable[[Sequence[int], tuple[int, int]], Tensor]
-"""Numbers of B images of a batch, and a size (H, W) -> their labels [B, H, W]."""
+Choose = Callable[[Group], Tensor]
+"""Some images of a batch, and their sizes -> their labels [G, H, W], as large as the largest."""
 
 
 class Segmentation(Task):
@@ -270,7 +271,7 @@ class Segmentation(Task):
         """Windows have one size whatever the images have."""
         return bool(self.tile or self.window) or super().has_one_image_size(datamodule)
 
-    def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
+    def predict_step(self, batch: Batch, batch_idx: int = 0) -> Sequence[ImageResult]:
         """The label map of each image, at its original size."""
         assert self.texts is not None  # needs = ("classes",)
         window = self.tile or self.window
@@ -283,21 +284,32 @@ class Segmentation(Task):
             choose = self.by_fused_scores(batch.images, stride, self.texts.features)
         else:
             choose = self.by_cosines(images, windows, self.texts.features)
-        samples, groups = batch.samples, alike(batch.samples, [1] * len(images), self.device)
+        samples = batch.samples
+        groups = groups_of(samples, [1] * len(images), self.device)
         found: list[Tensor] = []
         for group in groups:
-            predicted = choose(group, samples[group[0]].size)
+            predicted = choose(group)
             labels = [s.label for i in group if (s := samples[i]).label is not None]
             self.measures.update(predicted, labels, [samples[i].positives or () for i in group])
             # As narrow as their values, before they leave the device; torch has few 16-bit integers.
             found.append(predicted.to(torch.uint8 if self.info.void == VOID else torch.int16))
-        maps: dict[int, np.ndarray] = {}
-        for group, arrays in zip(groups, fetch(found), strict=True):
-            maps |= dict(zip(group, arrays.view(self.info.label_type), strict=True))
-        return [
-            self._result(sample.key, images[i], maps[i], len(windows[i]))
-            for i, sample in enumerate(samples)
-        ]
+        copy = Copy([*found, *(images if self.draws else [])])
+        keys = [sample.key for sample in samples]
+        counts = [len(boxes) for boxes in windows]
+
+        def make() -> list[ImageResult]:
+            arrived = iter(copy.tensors())
+            maps: dict[int, np.ndarray] = {}
+            for group in groups:
+                arrays = next(arrived).numpy().view(self.info.label_type)
+                for i, (height, width), array in zip(group, group.sizes, arrays, strict=True):
+                    maps[i] = np.ascontiguousarray(array[:height, :width])
+            return [
+                self._result(key, next(arrived, None), maps[i], counts[i])
+                for i, key in enumerate(keys)
+            ]
+
+        return Later(len(keys), make)
 
     def by_cosines(self, images: list[Tensor], windows: list[list[Window]], text: Tensor) -> Choose:
         """The labels of some of the images, at a size, by the cosines of their windows."""
@@ -306,21 +318,24 @@ class Segmentation(Task):
             self.backbone, images, windows, text, rest=self.rest, compare=compare
         )
 
-        def choose(group: Sequence[int], size: tuple[int, int]) -> Tensor:
+        def choose(group: Group) -> Tensor:
             labels = label_maps(
                 [scores[i] for i in group],
                 [windows[i] for i in group],
                 [(images[i].shape[1], images[i].shape[2]) for i in group],
-                size,
+                group.sizes,
                 self.backbone.patch_size,
                 self.rules(),
-                self.refiner([images[i] for i in group], size),
+                self.refiner([images[i] for i in group], group.sizes),
             )
             if self.cluster_eps is None:
                 return labels
-            pairs = zip(group, labels, strict=True)
-            return torch.stack(
-                [self.clustered(images[i], one, self.cluster_eps) for i, one in pairs]
+            each = zip(group, group.sizes, labels, strict=True)
+            return on_canvas(
+                [
+                    self.clustered(images[i], one[:height, :width], self.cluster_eps)
+                    for i, (height, width), one in each
+                ]
             )
 
         return choose
@@ -368,12 +383,19 @@ class Segmentation(Task):
             ).split(1)
         background = (self.prob_thd or 0.0) if self.has_background(self.info) else None
 
-        def choose(group: Sequence[int], size: tuple[int, int]) -> Tensor:
-            found = torch.cat([scores[i] for i in group])
-            labels = fused_labels(
-                found, size, background=background, least=self.class_thd, scaled=self.scaled
-            )
-            return F.pad(self.values[words], (1, 0))[labels]
+        def choose(group: Group) -> Tensor:
+            values = F.pad(self.values[words], (1, 0))
+            labels = [
+                fused_labels(
+                    scores[i],
+                    size,
+                    background=background,
+                    least=self.class_thd,
+                    scaled=self.scaled,
+                )
+                for i, size in zip(group, group.sizes, strict=True)
+            ]
+            return on_canvas([values[one[0]] for one in labels])
 
         return choose
 
@@ -390,9 +412,9 @@ class Segmentation(Task):
         )
 
     def refiner(
-        self, images: Sequence[Tensor], size: tuple[int, int]
+        self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
     ) -> Callable[[int], Refine] | None:
-        """What refines the maps of each of some images at a size; None for nothing."""
+        """What refines the maps of each of some images at its size; None for nothing."""
         if self.refine is None:
             return None
         assert self.texts is not None  # needs = ("classes",)
@@ -401,11 +423,13 @@ class Segmentation(Task):
 
         def refine(i: int) -> Refine:
             pixels = self.backbone.preprocess(images[i][None])
-            return begin(F.interpolate(pixels, size=size, mode="bilinear", align_corners=False))
+            return begin(F.interpolate(pixels, size=sizes[i], mode="bilinear", align_corners=False))
 
         return refine
 
-    def _result(self, key: str, image: Tensor, labels: np.ndarray, windows: int) -> ImageResult:
+    def _result(
+        self, key: str, image: Tensor | None, labels: np.ndarray, windows: int
+    ) -> ImageResult:
         shares = np.bincount(labels.ravel()) / labels.size
         names = {self.info.label_value(i): name for i, name in enumerate(self.info.classes)}
         named = {
@@ -415,8 +439,8 @@ class Segmentation(Task):
         }
         results = (LabelMap(labels, named), Facts({"views": windows}))
         draw = None
-        if self.draws:
-            draw = partial(draw_labels, image.cpu(), labels, self.info, self.look)
+        if image is not None:
+            draw = partial(draw_labels, image, labels, self.info, self.look)
         return ImageResult(key, results, draw)
 
 

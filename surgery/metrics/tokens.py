@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from surgery.metrics._counts import add_rows
+
 
 class TokenRanks(Metric):
     """How often each token of a vocabulary ranks first, second, ... in its text (Fig. 11).
@@ -15,8 +17,7 @@ class TokenRanks(Metric):
 
     Example:
         >>> metric = TokenRanks(top=2)
-        >>> metric.update(torch.tensor([4, 1]), vocabulary=5)
-        >>> metric.update(torch.tensor([4]), vocabulary=5)  # a text of one token
+        >>> metric.update(torch.tensor([[4, 1], [4, 0]]), torch.tensor([2, 1]), vocabulary=5)
         >>> metric.counts[4], metric.share(4)
         (tensor([2, 0]), tensor([1., 0.], dtype=torch.float64))
     """
@@ -31,20 +32,23 @@ class TokenRanks(Metric):
         self.add_state("counts", torch.zeros(1, top, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("texts", torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, ranked: Tensor, vocabulary: int) -> None:
-        """Add one text.
+    def update(self, ranked: Tensor, lengths: Tensor, vocabulary: int) -> None:
+        """Add texts.
 
         Args:
-            ranked: token ids from the best on, at least one; those after the first ``top`` are
+            ranked: [B,L] token ids of each text from the best on; those after the first ``top`` are
                 ignored.
+            lengths: int64 [B], how many of them are the text's own; the others are ignored.
             vocabulary: number V of tokens there are, the same in all calls.
         """
         top = self.counts.shape[1]
         if len(self.counts) == 1:
             self.counts = self.counts.new_zeros(vocabulary, top)
-        ranked = ranked[:top].to(self.counts.device)
-        self.counts[ranked, torch.arange(len(ranked), device=ranked.device)] += 1
-        self.texts += 1
+        ranked = ranked[:, :top]
+        ranks = torch.arange(ranked.shape[1], device=ranked.device)
+        counted = (ranks < lengths[:, None]).long()
+        add_rows(self.counts.view(-1), (ranked * top + ranks).flatten(), counted.flatten())
+        self.texts += len(ranked)
 
     def share(self, token: int) -> Tensor:
         """[top] share of the texts in which ``token`` has each rank, in [0, 1]; NaN without texts."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import InvalidSetting
+from surgery.devices import send
 from surgery.precision import wide_norm
 
 
@@ -57,10 +58,13 @@ class TextTower:
         return self._project(states[torch.arange(len(end), device=end.device), end])
 
     def encode_tokens(self, token_ids: Tensor) -> Tensor:
-        """Features [T, L, C] of every token of texts [T, L], not normalised."""
+        """Features [T, L, C] of every token of texts [T, L], not normalised.
+
+        Of ids of the host, a GPU is not asked whether they are the model's.
+        """
         self._check(token_ids)
         self._need_causal()
-        return self._project(self._states(token_ids))
+        return self._project(self._states(send(token_ids, self.model.logit_scale.device)))
 
     def encode_embedded(self, embeddings: Tensor) -> Tensor:
         """Features [T, L, C] at every position of embedded texts [T, L, D]; see `Backbone`."""

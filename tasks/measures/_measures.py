@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from datamodules._samples import VOID, DatasetInfo
+from surgery.enlarging import inside, largest
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -93,13 +94,13 @@ class Measures:
             metric.to(device)
 
     def pop(self) -> dict[str, Tensor]:
-        """States of all metrics since the last call, on the CPU, as ``metric.state`` -> tensor."""
+        """States of all metrics since the last call, where they are, as ``metric.state`` -> tensor."""
         states: dict[str, Tensor] = {}
         for name, metric in self.metrics.items():
             for key, value in metric.metric_state.items():
                 merged = torch.cat(value) if isinstance(value, list) and value else value
                 if isinstance(merged, Tensor):
-                    states[f"{name}.{key}"] = merged.cpu().clone()
+                    states[f"{name}.{key}"] = merged
             metric.reset()
         return states
 
@@ -154,6 +155,28 @@ def label_masks(
         foreground = label == values.view(-1, 1, 1)
     valid = label != empty if void == "ignore" else torch.ones_like(label, dtype=torch.bool)
     return foreground, valid
+
+
+def stack_truth(labels: Sequence[Tensor], void: int) -> tuple[Tensor, Tensor | None]:
+    """The truth of several images on one canvas, as large as the largest of them.
+
+    Args:
+        labels: label maps [H,W], or masks [P,H,W], of one kind.
+        void: what is below and beside an image's own.
+
+    Returns:
+        label maps [G,H,W], or the masks of all images, [P,H,W]; and which pixels are an image's own, bool
+        [G,H,W], None where all are.
+    """
+    several = labels[0].ndim == 3
+    sizes = [(label.shape[-2], label.shape[-1]) for label in labels]
+    if len({*sizes}) == 1:
+        return (torch.cat if several else torch.stack)([*labels]), None
+    counts = [len(label) if several else 1 for label in labels]
+    canvas = labels[0].new_full((sum(counts), *largest(sizes)), void)
+    for part, label, (height, width) in zip(canvas.split(counts), labels, sizes, strict=True):
+        part[:, :height, :width] = label
+    return canvas, inside(sizes, canvas.device)
 
 
 def by_class(

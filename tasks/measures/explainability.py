@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from datamodules._samples import DatasetInfo
+from datamodules._samples import VOID, DatasetInfo
 from surgery.metrics import MeanScoreContrast, ThresholdIoU
 from tasks.measures._measures import (
     Measures,
@@ -16,6 +15,7 @@ from tasks.measures._measures import (
     label_masks,
     other_reading,
     report_by_method,
+    stack_truth,
 )
 
 
@@ -67,10 +67,11 @@ class ExplainabilityMeasures(Measures):
         images: Tensor,
         classes: Tensor,
     ) -> None:
-        """Add images of one size.
+        """Add images, their maps on one canvas.
 
         Args:
-            maps: method -> maps [P,H,W] in [0, 1], of all positive labels, image after image.
+            maps: method -> maps [P,H,W] in [0, 1], of all positive labels, image after image; as large
+                as the largest image.
             others: the same in the other order.
             labels: the truth of each image, label maps or masks, see `label_masks`; without any,
                 nothing is counted.
@@ -79,10 +80,11 @@ class ExplainabilityMeasures(Measures):
         """
         if not labels or not self.metrics or not len(classes):
             return
+        own = None
         label = labels[0]
         several = len(labels) > 1
         if several:
-            label = torch.cat([*labels]) if label.ndim == 3 else torch.stack([*labels])
+            label, own = stack_truth(labels, VOID if label.ndim == 3 else self.info.void)
         foreground, valid = label_masks(
             label,
             classes,
@@ -90,6 +92,8 @@ class ExplainabilityMeasures(Measures):
             void=self.void,
             images=images if several and labels[0].ndim == 2 else None,
         )
+        if own is not None:
+            valid = valid & own[images]
         truth = (foreground, valid, classes)
         for method in maps:
             contrast, iou = self.others[method]

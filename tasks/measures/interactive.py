@@ -58,7 +58,7 @@ class InteractiveMeasures(Measures):
         """
         if label is None or not self.metrics or not classes:
             return
-        foreground, valid = (part.cpu() for part in label_masks(label, classes, self.info))
+        foreground, valid = label_masks(label, classes, self.info)
         valid = valid.expand_as(foreground)
         for method in self.methods:
             for i, index in enumerate(classes):

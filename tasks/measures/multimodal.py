@@ -29,9 +29,15 @@ class MultimodalMeasures(Measures):
         self.ranks = TokenRanks(TOP)
         super().__init__({"tokens": self.ranks})
 
-    def update(self, ranked: Tensor, vocabulary: int) -> None:
-        """Add a caption: its token ids from the best on, and how many tokens there are."""
-        self.ranks.update(ranked, vocabulary)
+    def update(self, ranked: Tensor, lengths: Tensor, vocabulary: int) -> None:
+        """Add captions.
+
+        Args:
+            ranked: [B,L] token ids of each from the best on.
+            lengths: int64 [B], how many of them are the caption's.
+            vocabulary: how many tokens there are.
+        """
+        self.ranks.update(ranked, lengths, vocabulary)
 
     def report(self) -> Report:
         """How often each token ranks first to third, and [end]'s share of these ranks."""

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from datamodules._samples import VOID, DatasetInfo
 from surgery.metrics import Confusion
-from tasks.measures._measures import Measures, Report, by_class
+from tasks._transfer import send_rows
+from tasks.measures._measures import Measures, Report, by_class, stack_truth
 
 
 class SegmentationMeasures(Measures):
@@ -33,23 +34,17 @@ class SegmentationMeasures(Measures):
     def update(
         self, predicted: Tensor, labels: Sequence[Tensor], positives: Sequence[tuple[int, ...]]
     ) -> None:
-        """Add G images of one size.
+        """Add G images.
 
         Args:
-            predicted: label values int64 [G,H,W].
-            labels: the truth of each, see `truth_map`; without any, nothing is counted.
+            predicted: label values int64 [G,H,W], as large as the largest image.
+            labels: the truth of each, see `truth_maps`; without any, nothing is counted.
             positives: class indices of each.
         """
         if not labels or not self.metrics:
             return
         first = 0 if self.background_is_a_class else self.info.label_value(0)
-        if labels[0].ndim == 2:
-            truth = truth_map(torch.stack([*labels]), (), self.info)
-        else:
-            pairs = zip(labels, positives, strict=True)
-            truth = torch.stack(
-                [truth_map(label, of, self.info, masks=True) for label, of in pairs]
-            )
+        truth = truth_maps(labels, positives, self.info)
         self.confusion.update(predicted - first, truth - first)
 
     def report(self) -> Report:
@@ -75,25 +70,31 @@ class SegmentationMeasures(Measures):
         )
 
 
-def truth_map(
-    label: Tensor, positives: tuple[int, ...], info: DatasetInfo, *, masks: bool = False
+def truth_maps(
+    labels: Sequence[Tensor], positives: Sequence[tuple[int, ...]], info: DatasetInfo
 ) -> Tensor:
-    """Label values int64 [H,W] of a truth, -1 where void.
+    """Label values of the truth of G images, [G,H,W] as large as the largest of them; -1 where void.
 
     Args:
-        label: label map [H,W], or several [G,H,W]; or masks [P,H,W] in the order of ``positives``. Of
-            masks, pixels that several claim are void, and those that none claims and none calls void
-            are background.
-        positives: [P] class indices of masks.
+        labels: label map [H,W] of each; or its masks [P,H,W] in the order of ``positives``. Of masks,
+            pixels that several claim are void, and those that none claims and none calls void are
+            background.
+        positives: [P] class indices of each image's masks.
         info: the data set that the label values belong to.
-        masks: whether they are masks.
     """
+    masks = labels[0].ndim == 3
+    label, own = stack_truth(labels, VOID if masks else info.void)
     if not masks:
         truth = label.long()
         return truth.where(truth != info.void, -1)
-    truth = torch.full(label.shape[1:], 0 if info.zero_is_background else -1, device=label.device)
-    truth[(label == VOID).any(0)] = -1
-    claims = (label == 1).sum(0)
-    for index, mask in zip(positives, label, strict=True):
-        truth[(mask == 1) & (claims == 1)] = info.label_value(index)
-    return truth.where(claims < 2, -1)
+    rows = [[i, info.label_value(k)] for i, of in enumerate(positives) for k in of]
+    images, values = send_rows(rows, label.device).view(-1, 2).unbind(1)
+    empty = torch.zeros(len(labels), *label.shape[1:], dtype=torch.int32, device=label.device)
+    claimed = (label == 1).int()
+    claims = empty.index_add(0, images, claimed)
+    void = empty.index_add(0, images, (label == VOID).int())
+    truth = empty.index_add(0, images, claimed * values.int()[:, None, None])
+    nothing = 0 if info.zero_is_background else -1
+    truth = truth.where(claims == 1, torch.where(void > 0, -1, nothing))
+    truth = truth.where(claims < 2, -1)
+    return truth if own is None else truth.where(own, -1)

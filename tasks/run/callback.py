@@ -22,11 +22,13 @@ from common import signals
 from common.errors import InvalidSetting
 from common.files import is_nan
 from common.source import source_digest
+from datamodules._loader import cores_of_rank
 from datamodules._samples import Batch, SampleError
 from surgery.visualize import colours
 from tasks._draw import LOOK, Look
 from tasks._task import Task
 from tasks._text_features import digest_of_texts
+from tasks._transfer import Later, bring
 from tasks.measures import Report, path_of
 from tasks.run.errors import RunError
 from tasks.run.folder import Run
@@ -40,6 +42,8 @@ from tasks.run.writer_thread import WriterThread
 
 log = logging.getLogger(__name__)
 
+_MOST_ENCODERS = 8
+_CORES_AN_ENCODER = 4  # to decode a picture takes longer than to encode its results
 _PACKAGES = ("clip-surgery-lightning", "torch", "open_clip_torch", "lightning", "pillow")
 
 
@@ -98,7 +102,7 @@ class ResultWriter(BasePredictionWriter):
         self.overwrite = overwrite
         self.config = ""
         self._processes = Processes()
-        self._thread = WriterThread()  # encodes and writes while the next batch is computed
+        self._thread = WriterThread()
         self._shard: OutputShard | None = None
         self._began = datetime.now(timezone.utc)
         self._mine: list[str] = []
@@ -123,6 +127,7 @@ class ResultWriter(BasePredictionWriter):
                 log.info(
                     "%d shards are finished already in %s", len(self.run.finished), self.output
                 )
+        self._thread.encoders = _encoders(trainer)
         self._processes.connect(trainer)
         opened = (self.run.described, self.run.finished) if trainer.is_global_zero else ({}, [])
         described, finished = trainer.strategy.broadcast(opened, src=0)
@@ -181,7 +186,7 @@ class ResultWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Add a batch to its output shard; publish the shard with its last batch."""
+        """Hand a batch over to its output shard, and the shard itself with its last batch."""
         task = _task(pl_module)
         if batch.errors and task.datamodule.on_error == "raise":
             error = batch.errors[0]
@@ -190,8 +195,9 @@ class ResultWriter(BasePredictionWriter):
             self._lose(batch)
         else:
             self._write(task, prediction, batch)
-        signals.check()  # after a shard that is whole has been published
+        signals.check()  # a shard that is whole by now is published even so
         if batch.last and (reason := self.tally.too_much()):
+            self._thread.finish()
             if trainer.is_global_zero:
                 self.run.summarise(task.new_measures())
             raise RunError(f"{reason}; finished shards and errors.jsonl are in {self.output}")
@@ -205,18 +211,16 @@ class ResultWriter(BasePredictionWriter):
                 f"shard {shard.name} broke off at sample {shard.position} (then came {batch.shard} at "
                 f"{batch.start}): its file changed while it was read, or a loader failed; run again"
             )
-        if self.overlays is not True:
+        if task.draws and self.overlays is not True:
             left = max(self.overlays - (shard.position - len(shard.errors)), 0)
-            prediction = [*prediction[:left], *(replace(r, draw=None) for r in prediction[left:])]
+            prediction = Later(len(prediction), partial(_draw_first, left, prediction))
         shard.position = batch.end
         shard.errors += batch.errors
-        self._thread.run(partial(shard.add, prediction))
+        self._thread.add(shard, prediction)
         if batch.last:
-            states = task.measures.pop()
-            self._thread.finish()
-            self._shard = None
-            shard.publish(states)
-            self.tally.add(len(shard.keys), len(shard.errors))
+            self._thread.publish(shard, bring(task.measures.pop()))
+            self._shard = None  # the thread's now
+            self.tally.add(shard.position - len(shard.errors), len(shard.errors))
 
     def _lose(self, batch: Batch) -> None:
         for error in batch.errors:
@@ -249,6 +253,7 @@ class ResultWriter(BasePredictionWriter):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the states of all shards and write the run's summary, on rank 0."""
+        self._thread.finish()
         if self._shard:
             log.warning("shard %s was not read to its end: it is left out", self._shard.name)
             self._drop()
@@ -309,6 +314,18 @@ class ResultWriter(BasePredictionWriter):
         gathered: list[Any] | None = [None] * world if rank == 0 else None
         dist.gather_object(mine, gathered, dst=0, group=group)
         return {name: record for part in gathered or [] for name, record in part.items()}
+
+
+def _draw_first(count: int, results: Sequence[ImageResult]) -> list[ImageResult]:
+    """Results of which only so many first ones are drawn."""
+    return [*results[:count], *(replace(result, draw=None) for result in results[count:])]
+
+
+def _encoders(trainer: Trainer) -> int:
+    """Threads that encode results: one, where the model itself wants the cores."""
+    if trainer.strategy.root_device.type == "cpu":
+        return 1
+    return max(1, min(_MOST_ENCODERS, cores_of_rank(trainer.num_devices) // _CORES_AN_ENCODER))
 
 
 def _describe_device(device: torch.device) -> dict[str, Any]:

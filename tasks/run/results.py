@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from datamodules._samples import VOID, DatasetInfo
-from tasks.run.stored import Files, Stored, encode, slug
+from tasks.run.stored import Files, Row, Stored, encode, slug
 
 
 class Result(ABC):
@@ -29,8 +29,8 @@ class Result(ABC):
         """What it adds to the image's json."""
         return {}
 
-    def rows(self) -> dict[str, dict[str, Any]]:
-        """Table -> the image's row in it, column -> value, without its key."""
+    def rows(self) -> dict[str, Row]:
+        """Table -> the image's row in it."""
         return {}
 
     @classmethod
@@ -71,13 +71,9 @@ class ImageResult:
             **{ending: encode(ending, array, palette) for ending, array in arrays.items()},
         }
 
-    def rows(self) -> dict[str, dict[str, Any]]:
-        """Table -> the image's row in it, led by its key."""
-        return {
-            table: {"key": self.key, **row}
-            for result in self.results
-            for table, row in result.rows().items()
-        }
+    def rows(self) -> dict[str, Row]:
+        """Table -> the image's row in it."""
+        return {table: row for result in self.results for table, row in result.rows().items()}
 
 
 @dataclass(frozen=True)
@@ -278,10 +274,10 @@ class Scores(Result):
     names: Sequence[str]
     ways: Mapping[str, np.ndarray]
 
-    def rows(self) -> dict[str, dict[str, Any]]:
+    def rows(self) -> dict[str, Row]:
         """One table a way, with a column a class."""
         return {
-            f"{_SCORES}_{way}".rstrip("_"): dict(zip(self.names, values, strict=True))
+            f"{_SCORES}_{way}".rstrip("_"): Row(self.names, values)
             for way, values in self.ways.items()
         }
 
@@ -374,9 +370,9 @@ class Tokens(Result):
         """The token that fits best."""
         return self.tokens[self.ranks.index(1)]
 
-    def rows(self) -> dict[str, dict[str, Any]]:
+    def rows(self) -> dict[str, Row]:
         """All of it in one row."""
-        return {"tokens": {**vars(self)}}
+        return {"tokens": Row(tuple(vars(self)), tuple(vars(self).values()))}
 
     def record(self, key: str) -> dict[str, Any]:
         """All of it, and the best token."""

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,13 +20,16 @@ from webdataset import TarWriter
 from datamodules._samples import DatasetInfo, SampleError
 from tasks.run.errors import RunError
 from tasks.run.results import ImageResult
-from tasks.run.stored import encode_table
+from tasks.run.stored import ColumnTable
 
 STATE = "__shard__"
 """Folder inside an output shard for what is about the shard; webdataset passes over such names."""
 
 RECORD = f"{STATE}/record.json"
 STATES = f"{STATE}/metrics.safetensors"
+
+Each = Callable[[Callable[[ImageResult], dict[str, bytes]], Sequence[ImageResult]], Iterable[Any]]
+"""Like `map`: calls a function for each result, and returns what that does in the same order."""
 
 _TAIL = 1 << 16  # bytes: most records are within so many of the end of their tar
 
@@ -160,7 +163,7 @@ class OutputShard:
         self.position = 0
         self.keys: list[str] = []
         self.errors: list[SampleError] = []
-        self.tables: dict[str, list[dict[str, Any]]] = {}
+        self.tables: dict[str, ColumnTable] = {}
         self.info = info
         self.final = folder / (f"{name}.tar" if layout == "tar" else name)
         self.partial = folder / f".{self.final.name}.{os.getpid()}.partial"
@@ -173,12 +176,20 @@ class OutputShard:
         else:
             self.partial.mkdir()
 
-    def add(self, results: Sequence[ImageResult]) -> None:
-        """Append the results of some images."""
-        for result in results:
-            for table, row in result.rows().items():
-                self.tables.setdefault(table, []).append(row)
-            self._write(result.key, result.encode(self.info))
+    def add(self, results: Sequence[ImageResult], each: Each = map) -> None:
+        """Append the results of some images.
+
+        Args:
+            results: of the images.
+            each: encodes them, maybe side by side.
+        """
+        encoded = each(lambda result: result.encode(self.info), results)
+        for result, files in zip(results, encoded, strict=True):
+            for name, row in result.rows().items():
+                if name not in self.tables:
+                    self.tables[name] = ColumnTable(row.names)
+                self.tables[name].add(result.key, row.values)
+            self._write(result.key, files)
             self.keys.append(result.key)
 
     def _write(self, key: str, members: dict[str, bytes]) -> None:
@@ -202,8 +213,8 @@ class OutputShard:
             raise
 
     def _finish(self, states: bytes) -> None:
-        for name, rows in self.tables.items():
-            self._write(f"{STATE}/{name}", {"parquet": encode_table(rows)})
+        for name, table in self.tables.items():
+            self._write(f"{STATE}/{name}", {"parquet": table.encode()})
         keys = [] if self.tar else self.keys
         record = ShardRecord(len(self.keys), self.errors, len(states), keys)
         for file, data in ((STATES, states), (RECORD, record.to_bytes())):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -83,18 +83,52 @@ def encode(ending: str, array: np.ndarray, palette: list[int]) -> bytes:
     return buffer.getvalue()
 
 
-def encode_table(rows: list[dict[str, Any]]) -> bytes:
-    """A parquet file of rows, column -> value, all of the same columns."""
-    import pyarrow
-    from pyarrow import parquet
+class Row(NamedTuple):
+    """An image's row in a table, without its key.
 
-    sink = pyarrow.BufferOutputStream()
-    parquet.write_table(pyarrow.Table.from_pylist(rows), sink, compression="zstd")
-    return sink.getvalue().to_pybytes()
+    Attributes:
+        names: of the columns.
+        values: one a column; an array where all columns are of its type.
+    """
+
+    names: Sequence[str]
+    values: Sequence[Any] | np.ndarray
+
+
+class ColumnTable:
+    """A table that gets row after row and becomes columns.
+
+    Args:
+        names: of the columns; ``key`` comes before them.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self.keys: list[str] = []
+        self.rows: list[Sequence[Any] | np.ndarray] = []
+
+    def add(self, key: str, values: Sequence[Any] | np.ndarray) -> None:
+        """Add an image's row."""
+        self.keys.append(key)
+        self.rows.append(values)
+
+    def encode(self) -> bytes:
+        """A parquet file of the table."""
+        import pyarrow
+        from pyarrow import parquet
+
+        columns: Iterable[Any] = zip(*self.rows, strict=True)
+        if isinstance(self.rows[0], np.ndarray):
+            columns = np.ascontiguousarray(np.stack(self.rows, axis=1))
+        arrays = [self.keys, *(c if isinstance(c, np.ndarray) else list(c) for c in columns)]
+        table = pyarrow.table([pyarrow.array(a) for a in arrays], ["key", *self.names])
+        sink = pyarrow.BufferOutputStream()
+        parquet.write_table(table, sink, compression="zstd")
+        return sink.getvalue().to_pybytes()
 
 
 def decode_table(data: bytes) -> dict[str, dict[str, Any]]:
-    """Key -> row of a parquet file that `encode_table` made."""
+    """Key -> row of a parquet file that a `ColumnTable` made."""
     import pyarrow
     from pyarrow import parquet
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from surgery import analysis
 from surgery.analysis import (
     affinity,
     cells,
@@ -13,6 +14,7 @@ from surgery.analysis import (
     map_likeness,
     strongest,
 )
+from surgery.batches import Batches
 from surgery.metrics import ClassMean, ImageMean, Survival
 from tests import reference_analyses as paper
 
@@ -126,6 +128,22 @@ def test_consistent_attention_is_that_of_the_values(network):
     expected = (v @ v.transpose(-2, -1) * v.shape[-1] ** -0.5).softmax(-1).mean(1)
     found = look_inside(backbone, images).attention["consistent"]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_images_too_many_for_the_memory_are_looked_into_in_halves(network, monkeypatch):
+    backbone, images = network("vit"), torch.randn(3, 3, 96, 96)
+    whole, attend = look_inside(backbone, images), analysis._mean_attention
+
+    def small_only(queries, keys):
+        if len(queries) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return attend(queries, keys)
+
+    monkeypatch.setattr(analysis, "_mean_attention", small_only)
+    monkeypatch.setattr(backbone, "graph_batches", Batches())  # others use this network too
+    found = look_inside(backbone, images)
+    torch.testing.assert_close(found.attention, whole.attention, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.normed_modules, whole.normed_modules, atol=1e-4, rtol=1e-3)
 
 
 def test_a_resnet_is_refused(network):

@@ -59,7 +59,7 @@ def test_as_sclips_own(stored, whole, area, refined, budget, seen, reference, mo
     scale, threshold, share, *_ = known["segment_settings"].tolist()
     rules = Rules(CLASSES, scale, threshold, share if area else None)
     refine = refiner(reference("inputs")["images_vit_large"]) if refined else None
-    found = label_maps(scores, boxes, [(144, 144)] * 3, SIZE, (16, 16), rules, refine)
+    found = label_maps(scores, boxes, [(144, 144)] * 3, [SIZE] * 3, (16, 16), rules, refine)
     assert torch.equal(found, known[stored].long())
 
 
@@ -69,7 +69,7 @@ def grid(words, height=4, width=5, seed=0):
 
 def labelled(scores, rules, size=SIZE, image=(32, 40)):
     whole = [Window(0, 0, *image)]
-    return label_maps([[scores]], [whole], [image], size, (8, 8), rules)[0]
+    return label_maps([[scores]], [whole], [image], [size], (8, 8), rules)[0]
 
 
 def test_float16_has_ties_and_the_first_wins():

@@ -72,7 +72,8 @@ def test_counts_of_ranks_merge():
     texts = [[3, 1, 2, 0], [3, 2], [1], [9, 9, 9]]
     for i, ranked in enumerate(texts):
         for metric in (whole, second if i % 2 else first):
-            metric.update(torch.tensor(ranked), vocabulary=10)
+            padded = torch.tensor([[*ranked, *[0] * (4 - len(ranked))]])
+            metric.update(padded, torch.tensor([len(ranked)]), vocabulary=10)
     empty = TokenRanks()
     for part in (first, second, TokenRanks()):
         empty.merge_state(part.metric_state)

@@ -53,11 +53,13 @@ def fail_once(monkeypatch, owner, name, error, *, after: int) -> None:
 def test_a_full_disk(finished, command, monkeypatch, tmp_path, capsys):
     run = tmp_path / "run"
     full = OSError(errno.ENOSPC, "No space left on device")
-    fail_once(monkeypatch, results, "encode", full, after=30)
-    assert main(command(run)) == 1
-    assert "disk is full" in capsys.readouterr().err
-    assert [p.name for p in run.glob("*.tar")] == ["000000.tar"]
-    assert not list(run.glob(".*"))
+    # While an image is encoded, and at the end of a shard, of which the next one hears when it is whole.
+    for owner, name, after in ((results, "encode", 30), (shard.OutputShard, "publish", 1)):
+        fail_once(monkeypatch, owner, name, full, after=after)
+        assert main(command(run)) == 1
+        assert "disk is full" in capsys.readouterr().err
+        assert [p.name for p in run.glob("*.tar")] == ["000000.tar"]
+        assert not list(run.glob(".*"))
     assert main(command(run)) == 0
     assert same_results(finished, run)
 

@@ -1,16 +1,19 @@
 """What a GPU would be asked to do: how often, and that it is the same as on a CPU."""
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from benchmarks._pretended_gpu import CUDA, PretendedGPU
 from benchmarks.operations import GOALS, MOST_WAITS, count, make_task, random_batch
 from datamodules._samples import Batch
+from tasks._transfer import bring
 
 
 @pytest.mark.parametrize("name", GOALS)
 def test_a_batch_is_few_operations_and_fewer_waits(name):
-    found = count(name, 32)
+    found = count(name, 16, all_different=True)
     assert found.an_image <= GOALS[name], found.operations
     assert found.waits.total() <= MOST_WAITS, found.waits
 
@@ -25,23 +28,37 @@ def as_masks(batch: Batch) -> Batch:
     return Batch.collate(batch.shard, 0, len(samples), samples, [])
 
 
-@pytest.mark.parametrize("masks", [False, True], ids=["label map", "masks"])
+def arrays(results, info):
+    """What is written of each image: file -> array, masks and label maps as they are decoded."""
+    return [
+        {name: array for one in result.results for name, array in one.files(info).items()}
+        for result in results
+    ]
+
+
+@pytest.mark.parametrize("masks", [False, True], ids=["label map", "masks of all sizes"])
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
         ("Explainability", {"methods": ["surgery", "clip"]}),
+        ("Explainability", {"order": "paper", "void": "background"}),
         ("Segmentation", {"prob_thd": 0.11}),
         ("Segmentation", {"window": 16}),
         ("Recognition", {}),
+        ("Multimodal", {}),
+        ("Interactive", {"methods": ["surgery", "clip"]}),
+        ("Analysis", {}),
     ],
 )
 def test_a_gpu_would_find_what_a_cpu_does(name, settings, masks, tmp_path):
     task = make_task(name, tmp_path, **settings)
-    batch = random_batch(task, 32)
+    batch = random_batch(task, 8, all_different=masks)
     batch = as_masks(batch) if masks else batch
-    reports, records = [], []
+    reports, records, files = [], [], []
     with torch.no_grad():
-        records.append([result.record() for result in task.predict_step(batch)])
+        results = task.predict_step(batch)
+        records.append([result.record() for result in results])
+        files.append(arrays(results, task.info))
         reports.append(task.measures.report())
         task.measures = task.new_measures()
         with PretendedGPU() as gpu:
@@ -49,8 +66,10 @@ def test_a_gpu_would_find_what_a_cpu_does(name, settings, masks, tmp_path):
             task._device = CUDA
             task.on_predict_start()
             results = task.predict_step(batch.to(CUDA))
+            arriving = bring(task.measures.pop())
             records.append([result.record() for result in results])
-            states = task.measures.pop()
+            files.append(arrays(results, task.info))
+            states = load(save(arriving()))
     task.measures = task.new_measures()
     task.measures.merge(states)
     reports.append(task.measures.report())
@@ -60,6 +79,15 @@ def test_a_gpu_would_find_what_a_cpu_does(name, settings, masks, tmp_path):
         k: pytest.approx(v, abs=1e-3, nan_ok=True) for k, v in there.per_class.items()
     }
     assert [list(record) for record in records[1]] == [list(record) for record in records[0]]
+    for own, other in zip(*files, strict=True):
+        assert own.keys() == other.keys()
+        for key, array in own.items():
+            assert array.dtype == other[key].dtype
+            assert array.shape == other[key].shape
+            if array.dtype == np.uint8:
+                assert (array != other[key]).mean() < 1e-2  # where two words are all but equal
+            else:
+                assert array == pytest.approx(other[key], abs=1e-3)
     if name == "Explainability":
         assert records[1] == records[0]
 

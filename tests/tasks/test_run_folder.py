@@ -130,7 +130,10 @@ def test_every_tasks_results_come_back(predict, scenes, tmp_path, task, kind, la
     }
     inner = first.record["methods"][first.methods[0]] if first.methods else first.record
     assert found.record(first.key).items() <= inner.items()
-    assert found.rows() == {
+    rows = {
+        name: dict(zip(row.names, row.values, strict=True)) for name, row in found.rows().items()
+    }
+    assert rows == {
         name: {k: pytest.approx(v) if kind is Scores else v for k, v in row.items() if k != "key"}
         for name, row in first.stored.rows.items()
     }

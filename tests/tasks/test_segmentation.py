@@ -18,7 +18,7 @@ from surgery import TEMPLATES, encode_prompts, load_backbone
 from surgery.refine import pamr
 from tasks import Segmentation
 from tasks.__main__ import main
-from tasks.measures.segmentation import truth_map
+from tasks.measures.segmentation import truth_maps
 from tests.tasks.conftest import members
 
 
@@ -209,11 +209,11 @@ def test_the_best_synonym_counts():
 def test_one_mask_a_class_becomes_a_map():
     info = DatasetInfo(name="x", classes=("a", "b", "c"))
     masks = torch.tensor([[[1, 1, 0, 255, 0]], [[0, 1, 1, 0, 0]]], dtype=torch.uint8)
-    assert truth_map(masks, (0, 2), info, masks=True).tolist() == [[1, -1, 3, -1, 0]]
+    assert truth_maps([masks], [(0, 2)], info)[0].tolist() == [[1, -1, 3, -1, 0]]
     empty = torch.zeros(0, 1, 2, dtype=torch.uint8)
-    assert truth_map(empty, (), info, masks=True).tolist() == [[0, 0]]
+    assert truth_maps([empty], [()], info)[0].tolist() == [[0, 0]]
     label = torch.tensor([[0, 3, 255]], dtype=torch.uint8)
-    assert truth_map(label, (), info).tolist() == [[0, 3, -1]]
+    assert truth_maps([label], [()], info)[0].tolist() == [[0, 3, -1]]
 
 
 @pytest.fixture(scope="module")
