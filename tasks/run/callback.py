@@ -129,7 +129,11 @@ class ResultWriter(BasePredictionWriter):
                 )
         self._thread.encoders = _encoders(trainer)
         self._processes.connect(trainer)
-        opened = (self.run.described, self.run.finished) if trainer.is_global_zero else ({}, [])
+        opened: tuple[dict[str, Any], list[str]] = ({}, [])
+        if trainer.is_global_zero:
+            # What tells changed input shards apart is the most of it, and rank 0's alone.
+            sent = {k: v for k, v in self.run.described.items() if k != "contents"}
+            opened = (sent, self.run.finished)
         described, finished = trainer.strategy.broadcast(opened, src=0)
         if not trainer.is_global_zero:
             self.run = Run(self.output, described)
@@ -272,7 +276,8 @@ class ResultWriter(BasePredictionWriter):
 
     def _note_job(self, found: Mapping[str, ShardRecord | SampleError], trainer: Trainer) -> None:
         """Write down how long this job took, from its first batch on, for how many images, and memory."""
-        new = [found.get(name) for name in self._mine if name not in self.run.finished]
+        before = set(self.run.finished)
+        new = [found.get(name) for name in self._mine if name not in before]
         records = [record for record in new if isinstance(record, ShardRecord)]
         if records:
             seconds = (datetime.now(timezone.utc) - self._began).total_seconds()

@@ -212,7 +212,7 @@ class Run:
             overwrite: replace an earlier run, of whatever settings, once this one is accepted.
 
         Returns:
-            The run, with ``finished`` filled in. `close` leaves the folder to others.
+            The run, with ``finished`` filled in: those of ``mine``. `close` leaves the folder to others.
 
         Raises:
             RunError: the folder holds other things, is in use, or another run's.
@@ -263,11 +263,12 @@ class Run:
         else:
             self._refuse_changes()
         alone = self._lock is not None and not self._lock.others()
+        ours, all_shards = set(mine), set(self.shards)
         for path in list(self.folder.iterdir()):
             if path.name.startswith(".job-"):
                 continue
             shard = leftover_of(path.name)
-            if shard in mine or (shard and alone and shard not in self.shards):
+            if shard in ours or (shard and alone and shard not in all_shards):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_atomically(self.folder / MARKER, json.dumps(self.described, indent=1))
         if config:
@@ -313,19 +314,18 @@ class Run:
         return measures.report(), outcomes
 
     def _find_finished(self, mine: Collection[str]) -> list[str]:
-        """Shards with results; those of ours that are broken are done again."""
+        """Shards of ours with results; those that are broken are done again."""
         finished = []
-        for name in self.shards:
+        for name in mine:
             path = find_shard(self.folder, name)
             if path is None:
                 continue
             try:
                 ShardRecord.load(path)
             except RunError as error:
-                if name in mine:
-                    log.warning("%s; this shard is done again", str(error).rsplit(":", 1)[0])
-                    continue
-            finished.append(name)
+                log.warning("%s; this shard is done again", str(error).rsplit(":", 1)[0])
+            else:
+                finished.append(name)
         return finished
 
     def _refuse_changes(self, *, of_shards: bool = False) -> None:
