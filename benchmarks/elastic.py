@@ -54,14 +54,18 @@ def elastic(folder: Path, args: argparse.Namespace, choose: random.Random) -> di
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}")
     launcher += (f"--max-restarts={args.kills}", "-m", "tasks")
     more = (f"--trainer.devices={args.ranks}", "--trainer.strategy=ddp")
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see docs/cluster.md
+    }
     with open(folder / "log", "wb") as log:
         run = subprocess.Popen(
             [sys.executable, *launcher, *words, *more], env=env, stdout=log, stderr=log
         )
         kills = 0
         while kills < args.kills and run.poll() is None:
-            goal = len(finished(other)) + 1
+            goal = len(finished(other)) + 1  # so each start has done something
             while len(finished(other)) < goal and run.poll() is None:
                 time.sleep(0.01)
             if ranks := [pid for pid in descendants(run.pid) if is_rank(pid)]:

@@ -42,6 +42,12 @@ def told_of_gathering(trainer: Trainer) -> Iterator[None]:
                 *(waited, trainer.world_size, trainer.num_nodes),
             )
 
+    if trainer.world_size > 1 and _store_is_used_up():
+        raise RunError(
+            "torchrun started this process again, and torch would give it the addresses of processes "
+            "that have ended: run `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --rdzv-backend=c10d "
+            "...`, so that each start has a store of its own"
+        )
     if trainer.world_size > 1 and trainer.is_global_zero:
         threading.Thread(target=tell, name="gathering", daemon=True).start()
     try:
@@ -55,6 +61,16 @@ def told_of_gathering(trainer: Trainer) -> Iterator[None]:
         ) from None
     finally:
         over.set()
+
+
+def _store_is_used_up() -> bool:
+    """Whether torchrun's store still holds what processes before this one left in it.
+
+    It shares the store with all that it starts one after the other, and torch no longer keeps their
+    entries apart (pytorch's issue 135712): they would fail to connect, or wait for ever.
+    """
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return shared and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 class Processes:

@@ -459,6 +459,14 @@ def test_a_node_that_does_not_come(command, monkeypatch, tmp_path, capsys, caplo
     assert "didn't find each other (Timed out: 1/2 clients joined)" in capsys.readouterr().err
 
 
+def test_a_process_that_torchrun_started_again(command, monkeypatch, tmp_path, capsys):
+    for name, value in {"USE_AGENT_STORE": "True", "RESTART_COUNT": "1"}.items():
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    words = command(tmp_path / "run", "--trainer.num_nodes=2", "--trainer.strategy=ddp")
+    assert main(words) == 1
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun" in capsys.readouterr().err
+
+
 @pytest.mark.processes
 def test_a_killed_rank_and_a_restart_with_more(finished, command, tmp_path):
     run = tmp_path / "run"
