@@ -3,6 +3,7 @@
 import doctest
 import logging
 from importlib import import_module
+from importlib.util import find_spec
 from pkgutil import walk_packages
 
 import pytest
@@ -12,11 +13,14 @@ import datamodules
 import surgery
 import tasks
 
+EXTRAS = {"tasks.app.page": "gradio"}
+"""Modules that import what is not installed with the tests -> that."""
+
 MODULES = [
     module.name
     for package in (common, datamodules, surgery, tasks)
     for module in walk_packages(package.__path__, f"{package.__name__}.")
-    if not module.name.endswith("__main__")
+    if not module.name.endswith("__main__") and find_spec(EXTRAS.get(module.name, "common"))
 ]
 
 
