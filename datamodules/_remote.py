@@ -47,7 +47,7 @@ def check_protocol(url: str) -> None:
     except ImportError as error:
         extra = EXTRAS.get(protocol)
         how = f"pip install 'clip-surgery-lightning[{extra}]'" if extra else str(error)
-        raise InvalidSetting(f"shards at {protocol}:// need a package more: {how}") from None
+        raise InvalidSetting(f"{protocol}:// needs a package more: {how}") from None
     except ValueError:
         raise InvalidSetting(
             f"{without_query(url)}: nothing here opens {protocol}://; http(s), s3 and gs are usual"

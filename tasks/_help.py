@@ -29,7 +29,7 @@ OFTEN = {
     "--data.shards PLACE": "folder, pattern or URL of the shards",
     "--data.batch_size N": "images at once",
     "--data.num_workers N": "processes that load them",
-    "--writer.output DIR": "folder of the run",
+    "--writer.output DIR": "folder of the run, or s3://bucket/run",
     "--writer.overlays true": "heat maps, too",
     "--writer.overwrite true": "start anew",
     "--trainer.accelerator NAME": "cpu, gpu, mps; by default what there is",

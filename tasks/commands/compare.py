@@ -16,9 +16,7 @@ def arguments() -> Parser:
         description="Metrics of runs side by side, with their differences to the first one; classes by "
         "their difference; the settings that differ; and the images that the runs disagree on most.",
     )
-    parser.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN", help="folders of two or more runs"
-    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of two or more runs")
     parser.add_argument(
         "--output", type=Path, help="also write compare.md, and a csv a table, here"
     )

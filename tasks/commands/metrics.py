@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from common.errors import UserError
@@ -22,7 +21,7 @@ def arguments() -> Parser:
         description="Recompute metrics.json, metrics.csv and errors.jsonl of a run from its finished "
         "shards. Works while the run is still going.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("run", metavar="RUN", help="folder of the run, or s3://...")
     parser.add_argument(
         "-c",
         "--config",

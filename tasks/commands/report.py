@@ -22,7 +22,7 @@ def arguments() -> Parser:
         "image with its maps, masks and scores, the worst first. Several runs of the same images stand "
         "side by side. One file that works offline; large runs get a folder beside it.",
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of the runs")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of the runs")
     parser.add_argument(
         "--shards",
         metavar="PLACE",

@@ -21,6 +21,7 @@ from datamodules._shards import expand_shards, name_shards
 from datamodules._spool import SpoolFolder
 from datamodules._tar import Entry, ShardError, index_shard
 from tasks.run import Run
+from tasks.run.place import in_store, read
 
 Find = Callable[[str], Sample | None]
 """Key -> the sample, at its own size in ``original``; None where it can't be read."""
@@ -159,14 +160,14 @@ def _existing(stored: str, folder: Path) -> Path | None:
     """A path as the run knew it: as it stands, or below a folder that the run lies in."""
     if is_remote(stored) or stored.startswith("pipe:"):
         return None
-    roots = [Path(), *folder.resolve().parents]
+    roots = [Path()] if in_store(folder) else [Path(), *folder.resolve().parents]
     return next((root / stored for root in roots if os.path.exists(root / stored)), None)
 
 
 def _data_settings(run: Run) -> dict[str, Any]:
     """What ``config.yaml`` says of the data, which ``run.json`` only has in its results."""
     try:
-        config = yaml.safe_load((run.folder / "config.yaml").read_text())
+        config = yaml.safe_load(read(run.folder / "config.yaml"))
         settings = config["data"]["init_args"]
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         return {}

@@ -22,8 +22,9 @@ from tasks.report.charts import need_matplotlib
 from tasks.report.originals import Originals
 from tasks.run import Run, RunError
 from tasks.run.compare import names_of
+from tasks.run.place import beside
 from tasks.run.results import LabelMap, Masks, Points, Similarities, StoredImage, Tokens
-from tasks.run.shard import ShardRecord, find_shard
+from tasks.run.shard import ShardRecord
 
 CELL = 1.6
 """Inches of a picture's side."""
@@ -72,7 +73,7 @@ def write_sheet(
     """
     need_matplotlib()
     colours(torch.zeros(1), look.colour_map)  # refuses one that nobody knows
-    output = output or runs[0].folder / "sheet.png"
+    output = output or beside(runs[0].folder, "sheet.png")
     columns = columns_of(runs, names_of(runs))
     originals = Originals(runs[0], shards)
     found: dict[str, Row] = {}
@@ -97,8 +98,7 @@ def _chosen(
     keys: Collection[str] | None,
 ) -> Iterator[tuple[str, Sample | None, list[StoredImage | None]]]:
     """Key, sample and answers of the images that make rows."""
-    places = {name: path for name in run.shards if (path := find_shard(run.folder, name))}
-    counts = {name: ShardRecord.load(path).images for name, path in places.items()}
+    counts = {name: ShardRecord.load(path).images for name, path in run.places().items()}
     total, number = sum(counts.values()), 0
     wanted = {i * total // min(rows, total) for i in range(min(rows, total))}
     for shard, count in counts.items():

@@ -12,7 +12,7 @@ from typing import Any
 from tasks.report.answers import Column
 from tasks.run import Run, RunError
 from tasks.run.compare import COUNTS
-from tasks.run.folder import flatten
+from tasks.run.identity import flatten
 from tasks.run.meaning import Meaning, meaning_of, remarks
 
 ERRORS_SHOWN = 1000
@@ -60,10 +60,11 @@ def remarks_of(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
 
 def classes_of(columns: Sequence[Column]) -> tuple[list[str], list[tuple[str, list[Any]]]]:
     """The class-wise numbers: (column, what is measured) heads, and a row of values a class."""
-    names = dict.fromkeys(name for column in columns for name in _per_class(column.run))
+    found = _per_class(columns)
+    names = dict.fromkeys(name for column in columns for name in found[column.run])
     heads: dict[str, list[tuple[Column, str]]] = {}
     for column in columns:
-        rows = _per_class(column.run)
+        rows = found[column.run]
         kinds = dict.fromkeys(kind for row in rows.values() for kind in row if "." not in kind)
         for kind in kinds:
             stored = kind if _is_first(column) or kind in COUNTS else f"{column.method}.{kind}"
@@ -80,7 +81,7 @@ def classes_of(columns: Sequence[Column]) -> tuple[list[str], list[tuple[str, li
         for kind, column, _ in chosen
     ]
     numbers = [
-        (name, [_per_class(column.run).get(name, {}).get(stored) for _, column, stored in chosen])
+        (name, [found[column.run].get(name, {}).get(stored) for _, column, stored in chosen])
         for name in names
     ]
     return titles, numbers
@@ -88,19 +89,19 @@ def classes_of(columns: Sequence[Column]) -> tuple[list[str], list[tuple[str, li
 
 def bars_of(columns: Sequence[Column]) -> tuple[str, dict[str, list[float | None]]]:
     """The first thing that is measured of classes, and its values: class -> one a column."""
+    found = _per_class(columns)
     for column in columns:
-        for row in _per_class(column.run).values():
+        for row in found[column.run].values():
             if kind := next((k for k in row if k not in COUNTS and "." not in k), None):
+                stored = [kind if _is_first(c) else f"{c.method}.{kind}" for c in columns]
                 return kind, {
-                    name: [_of_class(column, name, kind) for column in columns]
-                    for name in dict.fromkeys(n for c in columns for n in _per_class(c.run))
+                    name: [
+                        found[c.run].get(name, {}).get(s)
+                        for c, s in zip(columns, stored, strict=True)
+                    ]
+                    for name in dict.fromkeys(n for c in columns for n in found[c.run])
                 }
     return "", {}
-
-
-def _of_class(column: Column, name: str, kind: str) -> float | None:
-    stored = kind if _is_first(column) else f"{column.method}.{kind}"
-    return _per_class(column.run).get(name, {}).get(stored)
 
 
 def _is_first(column: Column) -> bool:
@@ -121,9 +122,9 @@ def _summary(run: Run) -> dict[str, Any]:
         return {"metrics": {}, "per_class": {}, "images": None, "errors": None}
 
 
-def _per_class(run: Run) -> dict[str, dict[str, float | None]]:
-    found: dict[str, dict[str, float | None]] = _summary(run)["per_class"]
-    return found
+def _per_class(columns: Sequence[Column]) -> dict[Run, dict[str, dict[str, float | None]]]:
+    """The class-wise numbers of each run, read once."""
+    return {run: _summary(run)["per_class"] for run in {column.run for column in columns}}
 
 
 def facts_of(run: Run) -> list[tuple[str, str]]:
@@ -133,7 +134,7 @@ def facts_of(run: Run) -> list[tuple[str, str]]:
     pretrained = backbone.get("pretrained") or "random weights"
     model = str(backbone.get("model", "?"))
     summary = _summary(run)
-    done = sum(1 for name in run.shards if name not in run.missing())
+    done = len(run.shards) - len(run.missing())
     facts = {
         "task": task["class"],
         "data": data.get("name", "?"),

@@ -21,6 +21,7 @@ from tasks.report.answers import Column, Item, columns_of, together
 from tasks.report.originals import Originals
 from tasks.run import Run, RunError
 from tasks.run.compare import names_of
+from tasks.run.place import beside
 
 if TYPE_CHECKING:
     from tasks.measures import Table
@@ -129,7 +130,7 @@ def write_report(
         InvalidSetting: matplotlib is not installed.
     """
     charts.need_matplotlib()
-    output = output or runs[0].folder / "report.html"
+    output = output or beside(runs[0].folder, "report.html")
     names = names_of(runs)
     columns = columns_of(runs, names)
     with tempfile.TemporaryFile() as spool:

@@ -11,7 +11,7 @@ from typing import Any
 from common.errors import UserError
 from tasks.reproduce.plan import Cell, Plan
 from tasks.run import Run
-from tasks.run.folder import flatten
+from tasks.run.identity import flatten
 
 FORMAT = 1
 _NAMED = ("row", "setting", "backbone", "data", "metric")

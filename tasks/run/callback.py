@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -33,9 +32,10 @@ from tasks.measures import Report, path_of
 from tasks.run.errors import RunError
 from tasks.run.folder import Run
 from tasks.run.memory import peak, reset_peak
+from tasks.run.place import files_in, in_store, place_of
 from tasks.run.processes import Processes
 from tasks.run.results import ImageResult
-from tasks.run.shard import OutputShard, ShardRecord, find_shard, load_states
+from tasks.run.shard import OutputShard, ShardRecord, find_shards, load_states
 from tasks.run.summary import Published, note_loss
 from tasks.run.tally import Tally
 from tasks.run.writer_thread import WriterThread
@@ -56,7 +56,8 @@ class ResultWriter(BasePredictionWriter):
     shards that are missing, another one is refused.
 
     Args:
-        output: folder of the run.
+        output: folder of the run, on this machine or in an object store (``s3://bucket/run`` with the
+            extra ``s3``, ``gs://`` with ``gcs``).
         layout: ``tar`` writes shards, ``files`` a folder of plain files in place of each.
         overlays: also write heat maps over the images (JPEG): of all, or of so many first ones of each
             shard.
@@ -96,7 +97,9 @@ class ResultWriter(BasePredictionWriter):
             )
         colours(torch.zeros(1), overlay_colours)  # refuses one that nobody knows
         self.look = Look(overlay_alpha, overlay_colours, overlay_classes)
-        self.output = Path(output)
+        self.output = place_of(output)
+        if layout == "files" and in_store(self.output):
+            raise InvalidSetting("--writer.layout files needs an --writer.output on this machine")
         self.layout = layout
         self.overlays = overlays
         self.overwrite = overwrite
@@ -315,7 +318,8 @@ class ResultWriter(BasePredictionWriter):
         group = self._processes.group
         missing = [self.run.missing()]
         dist.broadcast_object_list(missing, src=0, group=group)
-        mine = {n: load_states(p) for n in missing[0] if (p := find_shard(self.output, n))}
+        there = files_in(self.output) if missing[0] else {}
+        mine = {n: load_states(path) for n, path in find_shards(there, missing[0]).items()}
         gathered: list[Any] | None = [None] * world if rank == 0 else None
         dist.gather_object(mine, gathered, dst=0, group=group)
         return {name: record for part in gathered or [] for name, record in part.items()}

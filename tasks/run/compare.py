@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from common.files import csv_text, write_atomically
-from tasks.run.folder import Run, flatten
+from tasks.run.folder import Run
+from tasks.run.identity import flatten
 from tasks.run.meaning import meaning_of
+from tasks.run.place import in_store
 from tasks.run.results import LabelMap, Masks, Scores, StoredImage
 
 COUNTS = ("images", "positives", "points")
@@ -242,7 +244,7 @@ def _with_differences(names: Sequence[str]) -> tuple[str, ...]:
 
 def names_of(runs: Sequence[Run]) -> list[str]:
     """What the runs are called: their folders' names, or their paths where these are the same."""
-    short = [run.folder.resolve().name for run in runs]
+    short = [(f if in_store(f) else f.resolve()).name for f in (run.folder for run in runs)]
     return short if len(set(short)) == len(short) else [str(run.folder) for run in runs]
 
 

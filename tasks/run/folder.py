@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.files import write_atomically
 from datamodules._contents import has_changed
 from datamodules._samples import DatasetInfo, SampleError
+from datamodules._spool import SpoolFolder
 from tasks.run.errors import RunError
+from tasks.run.identity import differences
 from tasks.run.lock import FolderLock, Job
+from tasks.run.place import MARKER, append, files_in, in_store, place_of, read, remove, write
 from tasks.run.reading import read_images
+from tasks.run.replace import delete_set_aside, put_back, refuse_other_files, set_aside
 from tasks.run.results import StoredImage
-from tasks.run.shard import OutputShard, ShardRecord, find_shard, leftover_of
+from tasks.run.shard import OutputShard, ShardRecord, find_shards, leftover_of
 from tasks.run.summary import Published, merge_shards, write_summary
 
 if TYPE_CHECKING:  # torchmetrics takes seconds to import, and only merging needs it
@@ -25,20 +27,8 @@ if TYPE_CHECKING:  # torchmetrics takes seconds to import, and only merging need
 
 log = logging.getLogger(__name__)
 
-MARKER = "run.json"
-"""What makes a folder a run's: what it is a run of."""
-
 JOBS = "jobs.jsonl"
 """How long each job took that worked on the run; no part of its results."""
-
-_ASIDE = ".replaced"
-"""Where an old run lies until the new one has been accepted."""
-
-_GONE = ".deleted"
-"""The same from then on, until it is deleted."""
-
-_LOGS = ("lightning_logs", "wandb", "mlruns")
-"""Where Lightning's loggers write, from before a run is opened: left alone."""
 
 _ANEW = "Choose another --writer.output, or start anew with --writer.overwrite true"
 
@@ -64,18 +54,24 @@ class Run:
         self.finished: list[str] = []
         self._overwrite = False
         self._lock: FolderLock | None = None
+        self._work: SpoolFolder | None = None
+        self._places: dict[str, Path] | None = None
 
     @classmethod
     def load(cls, folder: str | Path) -> Run:
         """Read back a run.
 
         Args:
-            folder: where ``lightning predict`` wrote it, finished or not.
+            folder: where ``lightning predict`` wrote it, finished or not; also ``s3://bucket/run``.
 
         Raises:
             RunError: it holds no run, or its ``run.json`` can't be read.
         """
-        return cls(Path(folder), _read_marker(Path(folder)))
+        place = place_of(folder)
+        described = _read_marker(place)
+        if described is None:
+            raise RunError(f"{place} is not a run's folder: it has no {MARKER}")
+        return cls(place, described)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -106,9 +102,13 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """What ``metrics.json`` holds."""
         path = self.folder / "metrics.json"
-        summary = _read_json(path, f"`lightning metrics {self.folder}` makes it anew")
+        again = f"`lightning metrics {self.folder}` makes it anew"
+        try:
+            summary = _read_json(path, again)
+        except FileNotFoundError:
+            raise RunError(f"{path} is missing: {again}") from None
         if not isinstance(summary, dict) or "metrics" not in summary:
-            raise RunError(f"{path} is no summary: `lightning metrics {self.folder}` makes it anew")
+            raise RunError(f"{path} is no summary: {again}")
         return summary
 
     @property
@@ -127,7 +127,7 @@ class Run:
         path = self.folder / "errors.jsonl"
         again = f"`lightning metrics {self.folder}` makes it anew"
         try:
-            return [SampleError(**json.loads(line)) for line in path.read_text().splitlines()]
+            return [SampleError(**json.loads(line)) for line in read(path).decode().splitlines()]
         except (OSError, ValueError, TypeError) as error:
             raise RunError(f"{path} can't be read ({error}): {again}") from None
 
@@ -139,7 +139,7 @@ class Run:
         killed are not among them.
         """
         try:
-            lines = (self.folder / JOBS).read_text().splitlines()
+            lines = read(self.folder / JOBS).decode().splitlines()
             return [json.loads(line) for line in lines]
         except FileNotFoundError:
             return []
@@ -148,11 +148,12 @@ class Run:
 
     def note_job(self, job: Mapping[str, Any]) -> None:
         """Add a job that has come to its end to those of the run."""
-        with open(self.folder / JOBS, "a") as file:
-            file.write(f"{json.dumps(job)}\n")
+        append(self.folder / JOBS, f"{json.dumps(job)}\n")
 
     def images(self, shards: Collection[str] | None = None) -> Iterator[StoredImage]:
         """Every image's results, in shard order, of all shards that are finished.
+
+        Which these are is asked of a store once, the first time.
 
         Args:
             shards: only these.
@@ -166,10 +167,15 @@ class Run:
             ...     masks = image.get(Masks)
         """
         info = self.info
-        for name in self.shards:
-            wanted = shards is None or name in shards
-            if wanted and (path := find_shard(self.folder, name)):
+        if self._places is None or not in_store(self.folder):
+            self._places = self.places()
+        for name, path in self._places.items():
+            if shards is None or name in shards:
                 yield from read_images(path, info)
+
+    def places(self) -> dict[str, Path]:
+        """Where the finished shards are now, in order."""
+        return find_shards(files_in(self.folder), self.shards)
 
     def measures(self) -> Measures:
         """The empty measures of this run's task.
@@ -219,20 +225,21 @@ class Run:
         """
         run = cls(folder, described)
         run._overwrite = overwrite
+        if in_store(folder):
+            refuse_other_files(folder)
+            run._find_results(mine)
+            return run
         if file := next(
             (f for f in (folder, *folder.parents) if f.exists() and not f.is_dir()), None
         ):
             raise RunError(f"{file} is a file, no folder: choose another --writer.output")
-        if folder.exists() and not (folder / MARKER).exists() and not (folder / _ASIDE).exists():
-            _refuse_other_files(folder)
+        refuse_other_files(folder)
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         try:
             run._lock = FolderLock(folder, Job.this(part, parts), alone=overwrite)
-            _put_back(folder)
-            if not overwrite:
-                run._refuse_changes(of_shards=True)
-                run.finished = run._find_finished(mine)
+            put_back(folder)
+            run._find_results(mine)
         except BaseException:
             run.close()
             if made:
@@ -259,35 +266,43 @@ class Run:
             "identity": {**self.described["identity"], **more.get("identity", {})},
         }
         if self._overwrite:
-            _set_aside(self.folder)
+            set_aside(self.folder)
         else:
             self._refuse_changes()
         alone = self._lock is not None and not self._lock.others()
         ours, all_shards = set(mine), set(self.shards)
-        for path in list(self.folder.iterdir()):
-            if path.name.startswith(".job-"):
+        for name, path in files_in(self.folder).items():
+            if name.startswith(".job-"):
                 continue
-            shard = leftover_of(path.name)
+            shard = leftover_of(name)
             if shard in ours or (shard and alone and shard not in all_shards):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        write_atomically(self.folder / MARKER, json.dumps(self.described, indent=1))
+                remove(path)
+        write(self.folder / MARKER, json.dumps(self.described, indent=1))
         if config:
-            write_atomically(self.folder / "config.yaml", config)
-        shutil.rmtree(self.folder / _GONE, ignore_errors=True)
+            write(self.folder / "config.yaml", config)
+        delete_set_aside(self.folder)
 
     def close(self) -> None:
         """Leave the folder to others."""
         if self._lock:
             self._lock.release()
             self._lock = None
+        if self._work:
+            self._work.cleanup()
+            self._work = None
 
     def shard(self, name: str) -> OutputShard:
         """Begin an output shard; it appears in the folder when it is published."""
-        return OutputShard(self.folder, name, self.settings["writer"]["layout"], self.info)
+        work, layout = None, self.settings["writer"]["layout"]
+        if in_store(self.folder):
+            self._work = self._work or SpoolFolder()
+            work = self._work.path
+        return OutputShard(self.folder, name, layout, self.info, work)
 
     def missing(self) -> list[str]:
         """Shards that are not in the folder."""
-        return [name for name in self.shards if not find_shard(self.folder, name)]
+        there = self.places()
+        return [name for name in self.shards if name not in there]
 
     def summarise(
         self, measures: Measures | None = None, elsewhere: Mapping[str, Published] | None = None
@@ -313,38 +328,36 @@ class Run:
         outcomes = merge_shards(self.folder, self.shards, measures, elsewhere or {})
         return measures.report(), outcomes
 
-    def _find_finished(self, mine: Collection[str]) -> list[str]:
-        """Shards of ours with results; those that are broken are done again."""
-        finished = []
+    def _find_results(self, mine: Collection[str]) -> None:
+        """Fill in ``finished``: shards of ours with results; those that are broken are done again."""
+        if self._overwrite:
+            return
+        self._refuse_changes(of_shards=True)
+        places = self.places()
         for name in mine:
-            path = find_shard(self.folder, name)
-            if path is None:
+            if name not in places:
                 continue
             try:
-                ShardRecord.load(path)
+                if not in_store(self.folder):  # which has them whole, or not at all
+                    ShardRecord.load(places[name])
             except RunError as error:
                 log.warning("%s; this shard is done again", str(error).rsplit(":", 1)[0])
             else:
-                finished.append(name)
-        return finished
+                self.finished.append(name)
 
     def _refuse_changes(self, *, of_shards: bool = False) -> None:
         """Refuse to go on with a run whose settings, or finished input shards, are others."""
-        if not (self.folder / MARKER).exists():
-            return
         before = _read_marker(self.folder)
-        old, new = flatten(before["identity"]), flatten(self.settings)
-        changes = [
-            _difference(key, old.get(key), new[key]) for key in new if old.get(key) != new[key]
-        ]
-        if changes:
+        if before is None:
+            return
+        if changes := differences(before["identity"], self.settings):
             lines = "\n".join(f"  {line}" for line in changes)
             raise RunError(f"{self.folder} holds another run's results:\n{lines}\n{_ANEW}")
         if not of_shards:
             return
-        contents = before.get("contents", {})
+        contents, places = before.get("contents", {}), self.places()
         for name, now in self.described["contents"].items():
-            was, path = contents.get(name), find_shard(self.folder, name)
+            was, path = contents.get(name), places.get(name)
             if was and path and has_changed(was, now):
                 raise RunError(
                     f"the pictures of shard {name} have changed since {path} was made of them. Delete "
@@ -352,12 +365,13 @@ class Run:
                 )
 
 
-def _read_marker(folder: Path) -> dict[str, Any]:
-    """What ``run.json`` holds."""
+def _read_marker(folder: Path) -> dict[str, Any] | None:
+    """What ``run.json`` holds; None where there is none."""
     path = folder / MARKER
-    if not path.exists():
-        raise RunError(f"{folder} is not a run's folder: it has no {MARKER}")
-    described = _read_json(path, _ANEW)
+    try:
+        described = _read_json(path, _ANEW)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     keys = ("identity", "shards", "info")
     if not isinstance(described, dict) or any(key not in described for key in keys):
         raise RunError(f"{path} does not describe a run: {_ANEW}")
@@ -366,76 +380,12 @@ def _read_marker(folder: Path) -> dict[str, Any]:
 
 def _read_json(path: Path, hint: str) -> Any:
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise RunError(f"{path} is missing: {hint}") from None
+        return json.loads(read(path))
+    except (FileNotFoundError, NotADirectoryError):
+        raise
     except (OSError, ValueError) as error:
         raise RunError(f"{path} can't be read ({error}): {hint}") from None
 
 
-def _refuse_other_files(folder: Path) -> None:
-    ours = (".job-", _GONE, *_LOGS)
-    for path in folder.iterdir():
-        if not path.name.endswith(".partial") and not path.name.startswith(ours):
-            raise RunError(
-                f"{folder} is not empty and not a run of ours: choose another --writer.output"
-            )
-
-
-def _set_aside(folder: Path) -> None:
-    """Take an old run out of a folder; until all of it lies aside, `_put_back` can undo it."""
-    shutil.rmtree(folder / _GONE, ignore_errors=True)
-    old = [path for path in folder.iterdir() if not path.name.startswith((".job-", _ASIDE, *_LOGS))]
-    if old:
-        (folder / _ASIDE).mkdir(exist_ok=True)
-        for path in old:
-            path.rename(folder / _ASIDE / path.name)
-        (folder / _ASIDE).rename(folder / _GONE)
-
-
-def _put_back(folder: Path) -> None:
-    """Undo a setting aside that was interrupted."""
-    if (folder / _ASIDE).exists():
-        for path in list((folder / _ASIDE).iterdir()):
-            path.rename(folder / path.name)
-        (folder / _ASIDE).rmdir()
-
-
-def _difference(key: str, old: Any, new: Any) -> str:
-    """What has changed of the identity, in words; where there is an option, by its name."""
-    if key in _WORDS:
-        return _WORDS[key]
-    part, _, name = key.partition(".")
-    option = f"--{_OPTIONS[part]}.{name}" if part in _OPTIONS else key
-    return f"{option}: {old!r} there, {new!r} now"[:300]
-
-
-_OPTIONS = {"task": "model", "data": "data", "writer": "writer"}
-_WORDS = {
-    "weights": "the weights are others",
-    "sam": "the weights of SAM are others",
-    "texts": "the features in the file of --model.text_features are others",
-    "data.shards": "--data.shards are others",
-    "data.prompts": "the words of the classes are others",
-    "data.synonyms": "the words of the classes are others",
-}
-
-
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested dict as dotted key -> value.
-
-    Example:
-        >>> flatten({"task": {"tau": 2.0, "backbone": {"model": "RN50"}}, "precision": "32"})
-        {'task.tau': 2.0, 'task.backbone.model': 'RN50', 'precision': '32'}
-    """
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        k: v
-        for key, value in tree.items()
-        for k, v in flatten(value, f"{prefix}.{key}" if prefix else str(key)).items()
-    }

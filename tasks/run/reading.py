@@ -11,6 +11,7 @@ from typing import Any
 
 from datamodules._samples import DatasetInfo
 from tasks.run.errors import RunError
+from tasks.run.place import is_folder, local_copy
 from tasks.run.results import StoredImage
 from tasks.run.shard import STATE, ShardRecord
 from tasks.run.stored import Stored, decode_table
@@ -29,7 +30,7 @@ def read_images(path: Path, info: DatasetInfo) -> Iterator[StoredImage]:
         RunError: it is damaged.
     """
     try:
-        stored = _in_folder(path) if path.is_dir() else _in_tar(path)
+        stored = _in_folder(path) if is_folder(path) else _in_tar(path)
         tables = next(stored)[1]
         rows = {name.removesuffix(_TABLE): decode_table(data) for name, data in tables.items()}
         for key, files in stored:
@@ -45,7 +46,7 @@ _Files = tuple[str, Mapping[str, bytes]]
 
 def _in_tar(path: Path) -> Iterator[_Files]:
     """(key, ending -> bytes): first the tables, then the images."""
-    with tarfile.open(path) as tar:
+    with local_copy(path) as copy, tarfile.open(copy) as tar:
 
         def read(member: tarfile.TarInfo) -> bytes:
             file = tar.extractfile(member)

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from webdataset import TarWriter
 
 from datamodules._samples import DatasetInfo, SampleError
 from tasks.run.errors import RunError
+from tasks.run.place import is_folder, publish, read_part, size_of
 from tasks.run.results import ImageResult
 from tasks.run.stored import ColumnTable
 
@@ -78,12 +79,10 @@ def load_states(path: Path) -> tuple[ShardRecord, dict[str, Tensor]]:
     """
     record, offset = _load(path)
     try:
-        if path.is_dir():
+        if is_folder(path):
             data = (path / STATES).read_bytes()
         else:
-            with open(path, "rb") as file:
-                file.seek(offset - _padded(record.states))
-                data = file.read(record.states)
+            data = read_part(path, offset - _padded(record.states), record.states)
         return record, safetensors.torch.load(data)
     except (OSError, ValueError, SafetensorError) as error:
         raise _broken(path, error) from None
@@ -92,7 +91,7 @@ def load_states(path: Path) -> tuple[ShardRecord, dict[str, Tensor]]:
 def _load(path: Path) -> tuple[ShardRecord, int]:
     """The record, and where in its tar it begins."""
     try:
-        if path.is_dir():
+        if is_folder(path):
             data, offset = (path / RECORD).read_bytes(), 0
             size = (path / STATES).stat().st_size
         else:
@@ -115,15 +114,13 @@ def _tail_record(path: Path) -> tuple[bytes, int]:
     Found from the end, since walking all headers of a large tar takes long; a tar that was cut off
     has none there.
     """
-    size = path.stat().st_size
+    size = size_of(path)
     if not size or size % tarfile.RECORDSIZE:
         raise ValueError("it is cut off")
     length = _TAIL
     while True:
         length = min(length, size)
-        with open(path, "rb") as file:
-            file.seek(size - length)
-            tail = file.read(length)
+        tail = read_part(path, size - length, length)
         name = RECORD.encode() + b"\0"
         place = tail.rfind(name)
         while place >= 0:
@@ -149,16 +146,19 @@ def _broken(path: Path, error: Exception) -> RunError:
 
 
 class OutputShard:
-    """An output shard under way, in a hidden file or folder beside its place.
+    """An output shard under way, in a hidden file or folder.
 
     Args:
         folder: of the run.
         name: of the shard.
         layout: ``tar`` or ``files``.
         info: the data set, whose colours masks are written in.
+        work: a folder of this machine, where it is until it is published; by default that of the run.
     """
 
-    def __init__(self, folder: Path, name: str, layout: str, info: DatasetInfo) -> None:
+    def __init__(
+        self, folder: Path, name: str, layout: str, info: DatasetInfo, work: Path | None = None
+    ) -> None:
         self.name = name
         self.position = 0
         self.keys: list[str] = []
@@ -166,7 +166,7 @@ class OutputShard:
         self.tables: dict[str, ColumnTable] = {}
         self.info = info
         self.final = folder / (f"{name}.tar" if layout == "tar" else name)
-        self.partial = folder / f".{self.final.name}.{os.getpid()}.partial"
+        self.partial = (work or folder) / f".{self.final.name}.{os.getpid()}.partial"
         self.tar: TarWriter | None = None
         if layout == "tar":
             self.file = open(self.partial, "wb")  # noqa: SIM115  (closed by publish or abandon)
@@ -205,9 +205,7 @@ class OutputShard:
         """Give the shard its final name, with its tables, metric states and record inside."""
         try:
             self._finish(safetensors.torch.save(states))
-            if self.final.is_dir():  # a broken one, done again; files are replaced as they are
-                shutil.rmtree(self.final)
-            self.partial.replace(self.final)
+            publish(self.partial, self.final)
         except BaseException:
             self.abandon()
             raise
@@ -238,9 +236,15 @@ class OutputShard:
             shutil.rmtree(self.partial, ignore_errors=True)
 
 
-def find_shard(folder: Path, name: str) -> Path | None:
-    """The published output shard of that name: a tar or a folder."""
-    return next((p for p in (folder / f"{name}.tar", folder / name) if p.exists()), None)
+def find_shards(there: Mapping[str, Path], names: Sequence[str]) -> dict[str, Path]:
+    """The published output shards of those names, tars or folders, in their order.
+
+    Args:
+        there: what lies in the run's folder, see `files_in`.
+        names: of shards.
+    """
+    places = {name: there.get(f"{name}.tar") or there.get(name) for name in names}
+    return {name: path for name, path in places.items() if path}
 
 
 def leftover_of(file: str) -> str:

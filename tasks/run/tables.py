@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.files import csv_text, is_nan, write_atomically
+from common.files import csv_text, is_nan
+from tasks.run.place import write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ def write_tables(folder: Path, tables: dict[str, Table]) -> None:
     """Write ``NAME.csv`` of each table, and ``NAME.png`` of those that have a plot."""
     for name, table in tables.items():
         rows = (["" if is_nan(cell) else cell for cell in row] for row in table.rows)
-        write_atomically(folder / f"{name}.csv", csv_text(table.columns, rows))
+        write(folder / f"{name}.csv", csv_text(table.columns, rows))
     plots = {name: table for name, table in tables.items() if table.plot and table.rows}
     if not plots:
         return
@@ -43,7 +44,7 @@ def write_tables(folder: Path, tables: dict[str, Table]) -> None:
         draw_table(figure.add_subplot(), table)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=150)
-        write_atomically(folder / f"{name}.png", buffer.getvalue())
+        write(folder / f"{name}.png", buffer.getvalue())
 
 
 def draw_table(axes: Axes, table: Table, colours: Sequence[str] = ()) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tasks.run.folder import Run
 from tasks.run.meaning import Meaning, meaning_of, remarks
+from tasks.run.place import in_store
 from tasks.run.tally import Tally
 
 _REASONS = 5
@@ -39,9 +40,10 @@ def print_report(run: Run, tally: Tally | None = None) -> None:
     _print_errors(run)
     if tally and (allowed := tally.tolerated()):
         print(f"  {allowed}")
-    print(f"results in {run.folder.resolve()}")
+    print(f"results in {run.folder if in_store(run.folder) else run.folder.resolve()}")
     headline = next(iter(summary.get("methods", {})), "")
-    pictures = sorted(run.folder.glob("*/*.jpg"))  # with --writer.layout files
+    # With --writer.layout files, which a store has not.
+    pictures = [] if in_store(run.folder) else sorted(run.folder.glob("*/*.jpg"))
     picture = next((p for p in pictures if not headline or f".{headline}." in p.name), None)
     if picture is not None:
         print(f"pictures: {picture.resolve()} and others beside it")

@@ -152,6 +152,7 @@ def test_no_run_and_broken_ones(tmp_path, capsys):
         (None, "not a run's folder"),
         ('{"identity": {"ta', "can't be read"),
         ("[1, 2]", "does not describe a run"),
+        ("null", "does not describe a run"),
         ('{"shards": []}', "does not describe a run"),
     ):
         if text is not None:
