@@ -144,21 +144,26 @@ def fresh_features(
     return torch.stack(features)
 
 
-def ascend(
+def ascend(backbone: Backbone, tokenizer: Any, target: Tensor, *, seed: int, **how: Any) -> Ascent:
+    """`ascend_all` for one target [C] or [steps, C] and its seed; ``how`` are the other options."""
+    return ascend_all(backbone, tokenizer, [target], seeds=[seed], **how)[0]
+
+
+def ascend_all(
     backbone: Backbone,
     tokenizer: Any,
-    target: Tensor,
+    targets: Sequence[Tensor],
     *,
+    seeds: Sequence[int],
     sequences: int,
     length: int,
     steps: int,
-    seed: int,
     micro_batch: int,
     prompt: str = "",
     optimiser: Optimiser = "momentum",
     lr: float | None = None,
-) -> Ascent:
-    """Texts whose features come near to a target, by gradient ascent on their tokens.
+) -> list[Ascent]:
+    """Texts whose features come near to targets, by gradient ascent on their tokens.
 
     Each of `length` positions of a sequence has one logit a token that the weights know, at first
     standard normal. A step adds Gumbel noise, takes the best token (straight-through: the gradient
@@ -170,19 +175,19 @@ def ascend(
     Args:
         backbone: whose text tower is followed.
         tokenizer: its own.
-        target: [C], or [steps, C], another one in every step.
-        sequences: S, how many texts.
+        targets: [C], or [steps, C], another one in every step; of each image.
+        seeds: of each target; with the number of a sequence, it settles its random numbers.
+        sequences: S, how many texts for each target.
         length: tokens of a text that are sought, without start, prompt and end.
         steps: of the ascent.
         prompt: words that stand before the tokens of every text and stay as they are.
         optimiser: see above.
         lr: see above; by default that of `LEARNING_RATES`.
-        seed: with the number of a sequence, it settles its random numbers.
-        micro_batch: sequences in memory at a time, each with some 10 x length x V numbers; the
-            others follow.
+        micro_batch: sequences in memory at a time, whatever their targets, each with some
+            10 x length x V numbers; the others follow.
 
     Returns:
-        All steps of all texts.
+        All steps of all texts, for each target.
 
     Raises:
         InvalidSetting: more tokens than the model reads, or no such optimiser.
@@ -195,21 +200,28 @@ def ascend(
     if not 1 <= length <= most:
         after = f" after the prompt {prompt!r}" if prompt else ""
         raise InvalidSetting(f"length: expected 1 to {max(most, 0)} tokens{after}, given {length}")
+    rate = LEARNING_RATES[optimiser] if lr is None else lr
+    own = [seed_from(seed, number) for seed in seeds for number in range(sequences)]
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(backbone.device.type, enabled=False),
     ):
-        target = target.detach().float().clone()
-        rate = LEARNING_RATES[optimiser] if lr is None else lr
+        goals = torch.stack([one.detach().float().expand(steps, -1) for one in targets], dim=1)
+        which = torch.arange(len(targets), device=goals.device).repeat_interleave(sequences)
         parts = [
-            _ascend(backbone, frame, target, numbers, length, steps, optimiser, rate, seed)
-            for numbers in torch.arange(sequences).split(micro_batch)
+            _ascend(backbone, frame, goals[:, here], own_seeds, length, optimiser, rate)
+            for here, own_seeds in zip(
+                which.split(micro_batch),
+                (own[i : i + micro_batch] for i in range(0, len(own), micro_batch)),
+                strict=True,
+            )
         ]
-    return Ascent(
-        torch.cat([ids for ids, _ in parts], dim=1),
-        torch.cat([scores for _, scores in parts], dim=1),
-    )
+    ids, scores = (torch.cat([part[i] for part in parts], dim=1) for i in range(2))
+    return [
+        Ascent(*both)
+        for both in zip(ids.split(sequences, dim=1), scores.split(sequences, dim=1), strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -229,23 +241,19 @@ class _Frame:
 def _ascend(
     backbone: Backbone,
     frame: _Frame,
-    target: Tensor,
-    numbers: Tensor,
+    goals: Tensor,
+    seeds: Sequence[int],
     length: int,
-    steps: int,
     optimiser: Optimiser,
     lr: float,
-    seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """ids [steps, m, length] and scores [steps, m] of m sequences, by their numbers."""
-    device, text = target.device, backbone.text_tower
+    """ids [steps, m, length] and scores [steps, m] of m sequences, by goals [steps, m, C] and seeds."""
+    device, text = goals.device, backbone.text_tower
     taught = text.taught()
     known = torch.arange(len(text.table)) if taught is None else taught.nonzero().flatten()
     known = known.to(device)
     table = text.table.detach()[known].float()
-    generators = [
-        torch.Generator(device).manual_seed(seed_from(seed, number)) for number in numbers.tolist()
-    ]
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     # Half precision, if it is this run's default, would lose the small steps.
     blank = torch.empty(length, len(known), dtype=torch.float32, device=device)
     logits = torch.stack([torch.empty_like(blank).normal_(generator=g) for g in generators])
@@ -256,10 +264,9 @@ def _ascend(
         for index in (list(frame.before), [frame.end])
     )
     move = (_momentum if optimiser == "momentum" else _adam)(logits, lr)
-    targets = target.expand(steps, -1)
-    judge = target if target.ndim == 1 else target.mean(dim=0)
+    judges = goals.mean(dim=0)
     ids, scores = [], []
-    for goal in targets:
+    for goal in goals:
         signals.check()  # a batch climbs for minutes, longer than who asks to stop waits
         noise = [
             torch.empty_like(blank).exponential_(generator=g).log_().neg_() for g in generators
@@ -269,10 +276,10 @@ def _ascend(
         tokens = table[chosen].requires_grad_()
         features = backbone.encode_embeddings(torch.cat([before, tokens, end], dim=1))
         reached = F.normalize(features[:, -1], dim=-1)
-        (by_token,) = torch.autograd.grad((reached @ goal).sum(), tokens)
+        (by_token,) = torch.autograd.grad((reached * goal).sum(), tokens)
         move(_through_softmax(noisy, by_token @ table.T))
         ids.append(known[chosen])
-        scores.append(reached.detach() @ judge)
+        scores.append((reached.detach() * judges).sum(dim=-1))
     return torch.stack(ids), torch.stack(scores)
 
 

@@ -18,7 +18,7 @@ from surgery.opinions import (
     LEARNING_RATES,
     Ascent,
     Optimiser,
-    ascend,
+    ascend_all,
     fresh_features,
     mean_feature,
     seed_from,
@@ -87,7 +87,7 @@ class Opinions(SamTask):
         views: int = 16,
         fresh_views: bool = False,
         seed: int = 0,
-        micro_batch: int = 16,
+        micro_batch: int = 64,
         explained: int | None = 8,
         min_count: int = 1,
         beside: Sequence[str] = ("clip",),
@@ -133,13 +133,27 @@ class Opinions(SamTask):
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[ImageResult]:
         """Words of each image, and maps of the most frequent."""
-        return [
-            self._opinion(sample, image)
-            for sample, image in zip(batch.samples, batch.images, strict=True)
-        ]
+        if not batch.samples:
+            return []
+        seeds = [seed_from(self.seed, sample.key) for sample in batch.samples]
+        targets = [self._target(*pair) for pair in zip(batch.images, seeds, strict=True)]
+        ascents = ascend_all(
+            self.backbone,
+            self.backbone.tokenizer,
+            targets,
+            seeds=seeds,
+            sequences=self.sequences,
+            length=self.length,
+            steps=self.steps,
+            micro_batch=self.micro_batch,
+            prompt=self.prompt,
+            optimiser=self.optimiser,
+            lr=self.lr,
+        )
+        found = zip(batch.samples, batch.images, ascents, strict=True)
+        return [self._opinion(sample, image, ascent) for sample, image, ascent in found]
 
-    def _opinion(self, sample: Sample, image: Tensor) -> ImageResult:
-        ascent = self._climb(sample.key, image)
+    def _opinion(self, sample: Sample, image: Tensor, ascent: Ascent) -> ImageResult:
         frequencies = word_frequencies(self.backbone.tokenizer, ascent.ids[self.steps // 2 :])
         self.measures.update(frequencies, ascent.scores.max())
         facts = Facts(
@@ -156,25 +170,13 @@ class Opinions(SamTask):
             return ImageResult(sample.key, (facts, Facts({"words": {}})))
         return self._explained(sample, image, facts, words)
 
-    def _climb(self, key: str, image: Tensor) -> Ascent:
-        seed = seed_from(self.seed, key)
-        how = {"seed": seed, "micro_batch": self.micro_batch}
+    def _target(self, image: Tensor, seed: int) -> Tensor:
+        """What the texts of an image climb towards: the mean of its views, or one for each step."""
         if self.fresh_views:
-            target = fresh_features(self.backbone, image, self.views, self.steps, **how)
-        else:
-            target = mean_feature(self.backbone, views(image, self.views, seed), self.micro_batch)
-        return ascend(
-            self.backbone,
-            self.backbone.tokenizer,
-            target,
-            sequences=self.sequences,
-            length=self.length,
-            steps=self.steps,
-            prompt=self.prompt,
-            optimiser=self.optimiser,
-            lr=self.lr,
-            **how,
-        )
+            return fresh_features(
+                self.backbone, image, self.views, self.steps, seed, self.micro_batch
+            )
+        return mean_feature(self.backbone, views(image, self.views, seed), self.micro_batch)
 
     def _explained(
         self, sample: Sample, image: Tensor, facts: Facts, words: list[str]
