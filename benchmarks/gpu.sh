@@ -115,11 +115,11 @@ for fields in "" "data.decoder=torchcodec" "model.backbone.compile=true" \
         ${fields:+--fields $fields} || true
 done
 
-say "10. Two GPUs, one with ten times the shards; a stop while the other waits" \
+say "10. Two GPUs, the last shard ten times as large; a stop while the other waits" \
     "143 within two minutes, nothing left running; started again it goes on, to check 4's bytes"
 if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" -ge 2 ]; then
-    echo "   ranks share shards alternately: make the second's a tenth (lightning shards --shard-size),"
-    echo "   or take --data.shards '[large, small, large, small]'; a process group's timeout is 60 s here:"
+    echo "   ranks take shards as they become free: make the last one ten times as large, with"
+    echo "   --data.shards '[small, small, small, large]'; a process group's timeout is 60 s here:"
     two=(--trainer.accelerator gpu --trainer.devices 2 --data.batch_size 64
         --trainer.strategy.class_path lightning.pytorch.strategies.DDPStrategy
         --trainer.strategy.init_args.timeout "0:01:00")

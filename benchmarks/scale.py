@@ -126,7 +126,7 @@ def measure(folder: Path, shards: int, ranks: int) -> list[dict[str, Any]]:
     )
     step("start: accept", lambda: run.accept(names, {}))
     data.wanted = replace(data.wanted, finished=frozenset(run.finished[::2]))
-    step("divide what is left, as each rank does", data.share, all_ranks=True)
+    step("list what is left, as each rank does", data.todo, all_ranks=True)
     step("merge: look for shards of other machines", run.missing)
     step("merge: all states, and the summary", run.summarise)
     run.close()

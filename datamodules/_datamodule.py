@@ -23,6 +23,7 @@ from datamodules._decode import Decoder, Resize
 from datamodules._device_decode import decode_pending, load_decoder
 from datamodules._download import Archive
 from datamodules._fetch import MAX_SHARD_BYTES, TIMEOUT, Limits
+from datamodules._handout import Handout
 from datamodules._loader import BatchLoader, cores_of_rank
 from datamodules._remote import is_remote, needs_spool
 from datamodules._samples import Batch, DatasetInfo, Wanted, Wording
@@ -235,13 +236,9 @@ class ShardDataModule(LightningDataModule):
         """The shards of this job, finished or not: every ``parts``-th."""
         return self.shard_list()[self.part :: self.parts]
 
-    def share(self) -> list[tuple[str, str]]:
-        """The shards of this rank: every world_size-th of its job's that are not finished."""
-        rank, world = (
-            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        )
-        todo = [shard for shard in self.part_list() if shard[0] not in self.wanted.finished]
-        return todo[rank::world]
+    def todo(self) -> list[tuple[str, str]]:
+        """The shards of this job that are not finished, for all its ranks."""
+        return [shard for shard in self.part_list() if shard[0] not in self.wanted.finished]
 
     def predict_dataloader(self) -> Loaders:
         """Batches of this rank's shards, for Lightning."""
@@ -249,10 +246,11 @@ class ShardDataModule(LightningDataModule):
 
     def loader(self) -> BatchLoader:
         """Batches of this rank's shards."""
-        shards = self.share()
+        shards, handout = self._division()
         workers = self._workers()
-        self._fetcher = Fetcher(
-            [url for _, url in shards],
+        fetcher = self._fetcher = Fetcher(
+            shards,
+            handout,
             max(workers, 1),
             Limits(self.timeout, self.max_shard_bytes),
             Ahead(self.ahead, self.ahead_bytes, self.connections),
@@ -267,16 +265,16 @@ class ShardDataModule(LightningDataModule):
             defer=self.decoder != "pillow",
         )
         device = self._device().type
-        names = [name for name, _ in shards]
         self._loader = BatchLoader(
-            self.stream(shards, decoder, self._fetcher.spool),
+            self.stream(decoder, fetcher.spool),
             workers,
             timeout=_PATIENCE * self.timeout,
             give_way=device == "cpu",
             pin_memory=device == "cuda",
-            expected=partial(_expected, names),
-            moving=self._fetcher.progress,
-            beside=self._fetcher,
+            expected=partial(_expected, fetcher.spool),
+            moving=fetcher.progress,
+            received=fetcher.received,
+            beside=fetcher,
         )
         return self._loader
 
@@ -284,9 +282,9 @@ class ShardDataModule(LightningDataModule):
         """Decode on the model's device what the workers left to it."""
         return decode_pending(batch, self._device(), self.max_pixels, self.wanted.originals)
 
-    def stream(self, shards: list[tuple[str, str]], decoder: Decoder, spool: Spool) -> ShardStream:
+    def stream(self, decoder: Decoder, spool: Spool) -> ShardStream:
         """What the loader workers iterate over."""
-        return ShardStream(shards, self.batch_size, decoder, spool)
+        return ShardStream(self.batch_size, decoder, spool)
 
     def lacking(self, need: str) -> str:
         """What to do about data without what a task needs, such as ``classes``; may be empty."""
@@ -303,6 +301,16 @@ class ShardDataModule(LightningDataModule):
         if self._fetcher:
             self._fetcher.close()
             self._fetcher = None
+
+    def _division(self) -> tuple[list[tuple[str, str]], Handout | None]:
+        """Shards, and who says which of them are this rank's; None: all are."""
+        todo = self.todo()
+        rank, ranks = (
+            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        )
+        if ranks > 1 and self.wanted.counter:
+            return todo, Handout(len(todo), rank, ranks, self.wanted.counter)
+        return todo[rank::ranks], None
 
     def _decoded_by(self) -> str:
         """What makes the pixels: other versions, and other devices, make other ones."""
@@ -341,11 +349,14 @@ class Loaders(CombinedLoader):
         return sys.maxsize  # only its being there is looked at
 
 
-def _expected(names: list[str], last: Batch | None) -> str:
+def _expected(spool: Spool, last: Batch | None) -> str:
     """What follows a batch, in words."""
-    if last is None:
-        return f"the first batch of shard {names[0]}" if names else "the end of an empty share"
-    if not last.last:
+    if last is not None and not last.last:
         return f"the batch from sample {last.end} on of shard {last.shard}"
-    following = names[names.index(last.shard) + 1 :]
-    return f"the first batch of shard {following[0]}" if following else "the loader to finish"
+    names, more = spool.known()
+    following = names[names.index(last.shard) + 1 :] if last else names
+    if following:
+        return f"the first batch of shard {following[0]}"
+    if more:
+        return "the first batch of another shard"
+    return "the loader to finish" if last else "the end of an empty share"

@@ -51,6 +51,7 @@ class BatchLoader:
         pin_memory: whether to copy batches where a GPU fetches them from.
         expected: what comes after the given batch (None at the beginning), in words.
         moving: a value that changes as long as workers come nearer to the next batch.
+        received: called with each batch, before it is used.
         beside: entered once the workers have been started, left with the last batch: what starts threads,
             which forked processes must not inherit.
     """
@@ -65,6 +66,7 @@ class BatchLoader:
         pin_memory: bool = False,
         expected: Callable[[Batch | None], str] = lambda last: "the next batch",
         moving: Callable[[], object] = lambda: None,
+        received: Callable[[Batch], None] = lambda batch: None,
         beside: AbstractContextManager[object] | None = None,
     ) -> None:
         self.stream = stream
@@ -74,6 +76,7 @@ class BatchLoader:
         self.pin_memory = pin_memory
         self.expected = expected
         self.moving = moving
+        self.received = received
         self.beside = beside or nullcontext()
         self._workers: list[BaseProcess] = []
 
@@ -117,6 +120,7 @@ class BatchLoader:
                 return
             if isinstance(last, _Failure):
                 raise last.error from RuntimeError(f"in a loader worker:\n{last.traceback}")
+            self.received(last)
             yield last
 
     def close(self) -> None:

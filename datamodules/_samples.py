@@ -148,12 +148,16 @@ class Wanted:
             whole ones.
         originals: whether the images are wanted at their own size too.
         finished: names of shards that need not be read.
+        counter: adds to a number that all processes of the run share, 0 at first, and returns it, so
+            that shards are handed out as processes become free. It is used up with the batches of one
+            loader. Without it each of several processes reads a fixed part.
     """
 
     image_size: tuple[int, int] | None = None
     patch_size: tuple[int, int] = (1, 1)
     originals: bool = False
     finished: frozenset[str] = frozenset()
+    counter: Callable[[int], int] | None = None
 
 
 class Encoded(NamedTuple):

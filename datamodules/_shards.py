@@ -19,7 +19,7 @@ from datamodules._tar import TARS, Entry, ShardError, index_shard
 
 
 class ShardStream(IterableDataset[Batch]):
-    """Batches of the given shards, shard after shard.
+    """Batches of a rank's shards, shard after shard.
 
     A batch is ``batch_size`` consecutive samples of one shard, so it depends on the shard alone. The
     loader workers of a rank take turns batch by batch (worker ``w`` of ``W`` makes batches ``w``,
@@ -28,17 +28,13 @@ class ShardStream(IterableDataset[Batch]):
     bytes of its own batches.
 
     Args:
-        shards: (name, path or URL) of each shard of this rank.
         batch_size: samples a batch.
         decoder: makes a sample of a shard's entry.
-        spool: has the remote shards.
+        spool: says which shards, and has the remote ones.
     """
 
-    def __init__(
-        self, shards: list[tuple[str, str]], batch_size: int, decoder: Decoder, spool: Spool
-    ) -> None:
+    def __init__(self, batch_size: int, decoder: Decoder, spool: Spool) -> None:
         super().__init__()
-        self.shards = shards
         self.batch_size = batch_size
         self.decoder = decoder
         self.spool = spool
@@ -47,7 +43,7 @@ class ShardStream(IterableDataset[Batch]):
         worker = get_worker_info()
         turn, turns = (worker.id, worker.num_workers) if worker else (0, 1)
         position = 0
-        for name, url in self.shards:
+        for name, url in self.spool:
             try:
                 with self._entries(url) as entries:
                     for start in range(0, len(entries), self.batch_size) or range(1):

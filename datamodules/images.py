@@ -123,24 +123,19 @@ class Images(ShardDataModule):
                     found[name] = describe_file(Path(url))
         return found
 
-    def stream(self, shards: list[tuple[str, str]], decoder: Decoder, spool: Spool) -> ShardStream:
+    def stream(self, decoder: Decoder, spool: Spool) -> ShardStream:
         """Batches of the groups and tars."""
-        return FileStream(shards, self.batch_size, decoder, spool, self.found[0])
+        return FileStream(self.batch_size, decoder, spool, self.found[0])
 
 
 class FileStream(ShardStream):
     """A `ShardStream` in which some shards are groups of loose files, by name."""
 
     def __init__(
-        self,
-        shards: list[tuple[str, str]],
-        batch_size: int,
-        decoder: Decoder,
-        spool: Spool,
-        groups: dict[str, list[Entry]],
+        self, batch_size: int, decoder: Decoder, spool: Spool, groups: dict[str, list[Entry]]
     ) -> None:
-        super().__init__(shards, batch_size, decoder, spool)
-        self.groups = {name: groups[name] for name, _ in shards if name in groups}
+        super().__init__(batch_size, decoder, spool)
+        self.groups = {name: groups[name] for name, _ in spool.shards if name in groups}
 
     @contextmanager
     def _entries(self, url: str) -> Iterator[list[Entry]]:

@@ -140,7 +140,9 @@ class ResultWriter(BasePredictionWriter):
         described, finished = trainer.strategy.broadcast(opened, src=0)
         if not trainer.is_global_zero:
             self.run = Run(self.output, described)
-        data.wanted = replace(data.wanted, finished=frozenset(finished))
+        data.wanted = replace(
+            data.wanted, finished=frozenset(finished), counter=self._processes.counter()
+        )
 
     def _describe(self, task: Task) -> dict[str, Any]:
         """What ``run.json`` holds, as far as it is known before the weights are loaded."""

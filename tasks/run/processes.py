@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -110,10 +110,32 @@ class Processes:
         for _ in range(_ECHO):  # a stop wins over what it causes
             signals.check()
             time.sleep(_LOOK)
-        raise RunError(
-            f"another process of the run broke off ({broken}). Finished shards are kept: run the same "
-            "command again to go on"
-        )
+        raise _broke_off(broken)
+
+    def counter(self) -> Callable[[int], int] | None:
+        """What adds to a number that all processes share, 0 at first, and returns it, from any thread.
+
+        It is kept in the group's store, so it ends with these processes. None if there is only one.
+        """
+        if self.group is None:
+            return None
+        store = dist.distributed_c10d._get_process_group_store(self.group)
+
+        def add(amount: int) -> int:
+            try:
+                return store.add("counter", amount)
+            except RuntimeError as error:  # of a connection that was closed
+                time.sleep(_ECHO * _LOOK)  # a stop of the main thread wins over what it causes
+                raise _broke_off(str(error)[:200]) from None
+
+        return add
+
+
+def _broke_off(how: str) -> RunError:
+    return RunError(
+        f"another process of the run broke off ({how}). Finished shards are kept: run the same command "
+        "again to go on"
+    )
 
 
 def leave_group() -> None:

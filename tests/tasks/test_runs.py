@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -305,10 +306,19 @@ def test_metrics_of_no_run(tmp_path, capsys):
 @pytest.mark.processes
 def test_several_processes_give_the_same_files(finished, command, tmp_path):
     words = command(tmp_path / "run", "--trainer.devices=2", "--trainer.strategy=ddp")
-    subprocess.run(
-        [sys.executable, "-m", "tasks", *words], check=True, timeout=FOREVER, env=one_thread()
+    done = subprocess.run(
+        [sys.executable, "-m", "tasks", *words, "--trainer.enable_progress_bar=true"],
+        check=True,
+        timeout=FOREVER,
+        env=one_thread(),
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert same_results(finished, tmp_path / "run")
+    # The first process never knows how many images will be its own.
+    assert re.search(r"process 0 of 2: \d+ images, .* [234] of 4 shards begun", done.stderr)
+    (job,) = map(json.loads, (tmp_path / "run" / "jobs.jsonl").read_text().splitlines())
+    assert (job["images"], job["processes"]) == (20, 2)
 
 
 @pytest.mark.processes
