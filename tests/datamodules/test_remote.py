@@ -380,7 +380,6 @@ def test_other_stores_are_opened_by_fsspec(server):
 def test_s3(server, monkeypatch):
     pytest.importorskip("s3fs")
     for name, value in {
-        "FSSPEC_S3_ENDPOINT_URL": server.url,
         "AWS_ACCESS_KEY_ID": "x",
         "AWS_SECRET_ACCESS_KEY": "SECRET",
         "AWS_DEFAULT_REGION": "us-east-1",
@@ -388,7 +387,7 @@ def test_s3(server, monkeypatch):
         monkeypatch.setenv(name, value)
     server.RequestHandlerClass.do_HEAD = server.RequestHandlerClass.do_GET
     server.files["bucket/a.tar"] = server.files["a.tar"]
-    fsspec.config.set_conf_env(fsspec.config.conf)
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": server.url})
     assert read("s3://bucket/a.tar") == (["a"], [])
     _, (reason,) = read("s3://bucket/c.tar")
     assert "s3://bucket/c.tar could not be fetched: FileNotFoundError" in reason
