@@ -277,11 +277,15 @@ class Segmentation(Task):
         window = self.tile or self.window
         stride = self.stride or (window and (self.tile or (window + 1) // 2))
         images = list(batch.images)
+        rows, columns = self.backbone.patch_size if self.score == "fused" else (1, 1)
         windows = [
-            cut_windows((image.shape[1], image.shape[2]), window, stride) for image in images
+            cut_windows(
+                (image.shape[1] // rows * rows, image.shape[2] // columns * columns), window, stride
+            )
+            for image in images
         ]
         if self.score == "fused":
-            choose = self.by_fused_scores(batch.images, stride, self.texts.features)
+            choose = self.by_fused_scores(batch.images, windows, self.texts.features)
         else:
             choose = self.by_cosines(images, windows, self.texts.features)
         samples = batch.samples
@@ -363,23 +367,21 @@ class Segmentation(Task):
         return compare
 
     def by_fused_scores(
-        self, images: Tensor | list[Tensor], stride: int | None, text: Tensor
+        self, images: Tensor | list[Tensor], windows: list[list[Window]], text: Tensor
     ) -> Choose:
         """The same by CLIPer's score; pixels beyond the last whole patch are left out."""
-        rows, columns = self.backbone.patch_size
         words = self.values != 0 if self.background_words(self.info) else self.values >= 0
         scores: list[Tensor] = []
         for pixels in self.pixels(images):
-            height, width = (pixels.shape[2] // rows * rows, pixels.shape[3] // columns * columns)
-            whole = pixels[..., :height, :width]
-            cut = cut_windows((height, width), self.window, stride) if self.window else []
+            whole = whole_patches(pixels, self.backbone.patch_size, "drop")
+            parts = windows[len(scores)] if self.window else []  # alike in images of one size
             scores += fused_scores(
                 read_layers(self.backbone, whole),
                 text,
                 words,
                 scale=self.logit_scale,
                 threshold=self.attention_thd,
-                parts=read_parts(self.backbone, whole, cut),
+                parts=read_parts(self.backbone, whole, parts),
             ).split(1)
         background = (self.prob_thd or 0.0) if self.has_background(self.info) else None
 
