@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from surgery import load_backbone
@@ -58,3 +59,15 @@ def texts() -> Tensor:
 @pytest.fixture
 def folder() -> Path:
     return REFERENCE
+
+
+@pytest.fixture
+def weights(folder) -> dict[str, Tensor]:
+    """Those of the ViT in float32, to be changed at will."""
+    return {name: value.float() for name, value in load_file(folder / "vit.safetensors").items()}
+
+
+@pytest.fixture
+def config(folder) -> str:
+    """The file that describes the ViT."""
+    return str(folder / "vit.json")

@@ -1,5 +1,7 @@
 """A tiny random CLIP, a handful of drawn scenes, and the command line called in this process."""
 
+import functools
+import io
 import json
 import shutil
 import tarfile
@@ -115,6 +117,13 @@ def members(path: Path) -> dict[str, bytes]:
         return {m.name: tar.extractfile(m).read() for m in tar}
 
 
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """One more file in a tar."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
 def same_results(one: Path, other: Path) -> bool:
     """Whether two runs have byte-identical shards and metrics."""
     names = sorted(p.name for p in one.glob("*.tar"))
@@ -124,3 +133,17 @@ def same_results(one: Path, other: Path) -> bool:
         and all((one / n).read_bytes() == (other / n).read_bytes() for n in names)
         and (one / "metrics.json").read_bytes() == (other / "metrics.json").read_bytes()
     )
+
+
+def fail_once(monkeypatch, owner, name, error, *, after: int) -> None:
+    """Let the call number ``after`` of ``owner.name`` raise ``error``, and no other."""
+    original, calls = getattr(owner, name), []
+
+    @functools.wraps(original)
+    def faulty(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == after:
+            raise error
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, faulty)

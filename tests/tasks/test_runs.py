@@ -1,12 +1,8 @@
 """Runs: published whole or not at all, resumed, refused, the same for any number of processes."""
 
-import io
 import json
 import os
-import re
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -16,13 +12,7 @@ from PIL import Image
 from datamodules._samples import SampleError
 from tasks.__main__ import main
 from tasks.run.tally import Tally
-from tests.tasks.conftest import FOREVER, members, same_results
-
-
-def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
+from tests.tasks.conftest import add, members, same_results
 
 
 def with_broken_sample(scenes: Path, folder: Path) -> Path:
@@ -301,40 +291,6 @@ def test_metrics_of_a_run_still_going(finished, tmp_path):
 def test_metrics_of_no_run(tmp_path, capsys):
     assert main(["metrics", str(tmp_path)]) == 1
     assert "not a run's folder" in capsys.readouterr().err
-
-
-@pytest.mark.processes
-def test_several_processes_give_the_same_files(finished, command, tmp_path):
-    words = command(tmp_path / "run", "--trainer.devices=2", "--trainer.strategy=ddp")
-    done = subprocess.run(
-        [sys.executable, "-m", "tasks", *words, "--trainer.enable_progress_bar=true"],
-        check=True,
-        timeout=FOREVER,
-        env=one_thread(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert same_results(finished, tmp_path / "run")
-    # The first process never knows how many images will be its own.
-    assert re.search(r"process 0 of 2: \d+ images, .* [234] of 4 shards begun", done.stderr)
-    (job,) = map(json.loads, (tmp_path / "run" / "jobs.jsonl").read_text().splitlines())
-    assert (job["images"], job["processes"]) == (20, 2)
-
-
-@pytest.mark.processes
-def test_torchrun_with_more_ranks_than_shards(predict, command, scenes, tmp_path):
-    shards = f"--data.shards={scenes}/00000[12].tar"
-    one = predict(tmp_path / "one", shards)
-    words = command(tmp_path / "run", shards, "--trainer.devices=3", "--trainer.strategy=ddp")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "-m", "tasks"]
-    subprocess.run(
-        [sys.executable, *launcher, *words], check=True, timeout=FOREVER, env=one_thread()
-    )
-    assert same_results(one, tmp_path / "run")
-
-
-def one_thread() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def test_masks_at_another_threshold_than_the_headline_are_told(finished, capsys):
