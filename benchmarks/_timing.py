@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -93,6 +94,33 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
         for line in cells
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def conclude(
+    args: argparse.Namespace,
+    rows: Sequence[Mapping[str, Any]],
+    settings: Sequence[str],
+    results: Mapping[str, Any],
+    **more: Any,
+) -> int:
+    """Print a table, write it where ``--output`` says, and say whether a goal was missed.
+
+    Args:
+        args: of the command line; its ``output`` is a file, or None.
+        rows: of the table; where they have goals, ``met`` says whether each is, or None.
+        settings: names of the arguments that it was measured with.
+        results: what is written beside the table, such as all samples.
+        more: settings that are no arguments.
+
+    Returns:
+        The exit code: 1 if a goal was missed.
+    """
+    if rows:
+        print(format_table(rows))
+    if args.output:
+        given = {name: getattr(args, name) for name in settings}
+        write_json(args.output, {"table": rows, **results}, **more, **given)
+    return int(any(row.get("met") is False for row in rows))
 
 
 def write_json(path: Path, results: Any, **settings: Any) -> None:

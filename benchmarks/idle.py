@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from _timing import Timing, format_table, write_json
+from _timing import Timing, conclude
 from chaos import TINY
 from lightning.pytorch import Callback, LightningModule, Trainer
 from remote import make_shard
@@ -108,12 +108,8 @@ def main() -> int:
                 row, runs = compare(args, folder, images, workers)
                 rows.append({"shards": kind, "workers": workers, **row})
                 samples[f"{kind}, {workers} workers"] = runs
-    print(format_table(rows))
-    if args.output:
-        names = ("shards", "images", "seconds", "ranks", "workers", "repeats", "seed")
-        settings = {name: getattr(args, name) for name in names}
-        write_json(args.output, {"table": rows, "runs": samples, "images": sets}, **settings)
-    return int(any(row["met"] is False for row in rows))
+    settings = ("shards", "images", "seconds", "ranks", "workers", "repeats", "seed")
+    return conclude(args, rows, settings, {"runs": samples, "images": sets})
 
 
 def parse_args() -> argparse.Namespace:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _timing import format_table, side_by_side, write_json
+from _timing import conclude, side_by_side
 from torch import Tensor
 
 import surgery
@@ -46,12 +46,9 @@ def main() -> int:
             if device.type == "cuda":
                 row["MiB"] = peak(contestants[name])
             rows.append(row)
-    print(f"{args.model}, {size[0]} x {size[1]}, batch {args.batch}\n{format_table(rows)}")
-    if args.output:
-        names = ("model", "methods", "texts", "batch", "accelerator", "repeats")
-        settings = {name: getattr(args, name) for name in names}
-        write_json(args.output, {"table": rows, "samples": samples}, **settings)
-    return 0
+    print(f"{args.model}, {size[0]} x {size[1]}, batch {args.batch}")
+    settings = ("model", "methods", "texts", "batch", "accelerator", "repeats")
+    return conclude(args, rows, settings, {"samples": samples})
 
 
 def parse_args() -> argparse.Namespace:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _timing import format_table, write_json
+from _timing import conclude
 from torch import Tensor
 
 import surgery
@@ -73,13 +73,9 @@ def main() -> int:
                 "steps to today's height": int(reached[0]) + 1 if len(reached) else "-",
             }
         )
-    print(format_table(rows))
-    if args.output:
-        curves = {name: curve.tolist() for name, curve in so_far.items()}
-        settings = {k: v for k, v in vars(args).items() if k != "output"}
-        results = {"table": rows, "seconds": seconds, "curves": curves}
-        write_json(args.output, results, **settings)
-    return 0
+    curves = {name: curve.tolist() for name, curve in so_far.items()}
+    settings = [name for name in vars(args) if name != "output"]
+    return conclude(args, rows, settings, {"seconds": seconds, "curves": curves})
 
 
 def parse_args() -> argparse.Namespace:

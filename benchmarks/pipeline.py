@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from _timing import Timing, format_table, write_json
+from _timing import Timing, conclude, format_table
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 
@@ -111,14 +111,9 @@ def main() -> int:
             more, taken = part(args, folder)
             rows += more
             samples |= {name: timing.samples for name, timing in taken.items()}
-    if rows:
-        print(format_table(rows))
-    if args.output:
-        names = ("model", "task", "image_size", "precision", "batch_size", "workers", "images")
-        more = ("fields", "threads", "repeats", "accelerator")
-        settings = {name: getattr(args, name) for name in (*names, *more)}
-        write_json(args.output, {"table": rows, "s_per_image": samples}, **settings)
-    return int(any(row["met"] is False for row in rows))
+    settings = ("model", "task", "image_size", "precision", "batch_size", "workers", "images")
+    settings += ("fields", "threads", "repeats", "accelerator")
+    return conclude(args, rows, settings, {"s_per_image": samples})
 
 
 def parse_args() -> argparse.Namespace:

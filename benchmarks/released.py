@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from _timing import Timing, format_table, side_by_side, write_json
+from _timing import Timing, conclude, side_by_side
 from torch import Tensor
 
 import surgery
@@ -173,20 +173,20 @@ def main() -> int:
                 name = f"peak memory, {what}, {size}, batch {batch}"
                 rows.append(row(args, kind, name, size, "MB", theirs, peak, theirs / peak, "-"))
 
-    print("\n" + format_table([own._asdict() for own in rows]))
-    if args.output:
-        results = {
-            "table": [own._asdict() for own in rows],
-            "largest_difference_of_maps": agreement,
-            "samples": {
-                what: {name: timing.samples for name, timing in both.items()}
-                for what, both in samples.items()
-            },
-        }
-        settings = {k: getattr(args, k) for k in ("model", "sizes", "classes", "repeats")}
-        batches = {size: BATCH.get(size, 2) for size in args.sizes}
-        write_json(args.output, results, accelerator=args.accelerator, batch=batches, **settings)
-    return int(any(own.met is False for own in rows))
+    print()
+    results = {
+        "largest_difference_of_maps": agreement,
+        "samples": {
+            what: {name: timing.samples for name, timing in both.items()}
+            for what, both in samples.items()
+        },
+    }
+    settings = ("model", "sizes", "classes", "repeats")
+    more = {
+        "accelerator": args.accelerator,
+        "batch": {size: BATCH.get(size, 2) for size in args.sizes},
+    }
+    return conclude(args, [own._asdict() for own in rows], settings, results, **more)
 
 
 def parse_args() -> argparse.Namespace:

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from _timing import Timing, format_table, write_json
+from _timing import Timing, conclude
 from lightning.pytorch import Callback
 from PIL import Image
 
@@ -127,12 +127,8 @@ def main() -> int:
                     row, taken = compare(args, folder, url, read)
                     rows.append({"what": kind, **row})
                     samples |= {f"{kind}: {who}": t.samples for who, t in taken.items()}
-    print(format_table(rows))
-    if args.output:
-        names = ("command", "model", "shards", "shard_bytes", "latency", "rate", "repeats")
-        settings = {name: getattr(args, name) for name in names}
-        write_json(args.output, {"table": rows, "seconds": samples}, **settings)
-    return int(any(row["met"] is False for row in rows))
+    settings = ("command", "model", "shards", "shard_bytes", "latency", "rate", "repeats")
+    return conclude(args, rows, settings, {"seconds": samples})
 
 
 def parse_args() -> argparse.Namespace:

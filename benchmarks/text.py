@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _timing import Timing, format_table, side_by_side, write_json
+from _timing import Timing, conclude, side_by_side
 from torch import Tensor
 
 import surgery
@@ -92,13 +92,10 @@ def main() -> int:
         below("s from the cache, in a second run", cached.median, CACHE_GOAL),
         below("largest difference of class features", difference, AGREEMENT),
     ]
-    print(format_table(rows))
-    if args.output:
-        samples = {name: timing.samples for name, timing in {**taken, "cached": cached}.items()}
-        settings = {k: getattr(args, k) for k in ("model", "batch_size", "repeats", "accelerator")}
-        results = {"table": rows, "samples": samples}
-        write_json(args.output, results, classes=len(names), prompts=len(prompts), **settings)
-    return int(any(own["met"] is False for own in rows))
+    samples = {name: timing.samples for name, timing in {**taken, "cached": cached}.items()}
+    settings = ("model", "batch_size", "repeats", "accelerator")
+    counts = {"classes": len(names), "prompts": len(prompts)}
+    return conclude(args, rows, settings, {"samples": samples}, **counts)
 
 
 def parse_args() -> argparse.Namespace:
