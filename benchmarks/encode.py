@@ -40,6 +40,7 @@ from torch import Tensor
 
 import surgery
 from surgery.batches import Batches
+from surgery.softmax_attention import by_products, ratio
 from surgery.towers import resize_positions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -108,12 +109,23 @@ def main() -> int:
             work = flops(backbone, size)
             rates += [rate(setting, name, t, work, peaks) for name, t in taken.items()]
             del contestants
+    kernels = {} if args.accelerator == "gpu" else kernels_of(args.precisions)
     print(f"\nseconds an image\n{format_table(rows)}\n\n{format_table(rates)}")
     if args.output:
         names = ("model", "recipe", "sizes", "precisions", "accelerator", "repeats")
         settings = {name: getattr(args, name) for name in names}
-        write_json(args.output, {"table": rows, "rates": rates, "samples": samples}, **settings)
+        found = {"table": rows, "rates": rates, "samples": samples, "kernels": kernels}
+        write_json(args.output, found, **settings)
     return int(any(row["met"] is False for row in rows))
+
+
+def kernels_of(precisions: list[str]) -> dict[str, float]:
+    """What attention over many keys is computed with on this CPU, and the ratio that says so."""
+    ratios = {name: ratio(DTYPES[name]) for name in precisions if name != "fp32"}
+    for name, value in ratios.items():
+        kernel = "products" if by_products(DTYPES[name]) else "the fused kernel"
+        print(f"attention in {name}: {kernel}; products take {value:.2f} of the fused one's time")
+    return ratios
 
 
 def parse_args() -> argparse.Namespace:

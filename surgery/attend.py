@@ -8,6 +8,7 @@ from torch import Tensor
 
 from surgery.precision import widen
 from surgery.recipe import Recipe
+from surgery.softmax_attention import softmax_attention
 
 
 def attend(
@@ -83,9 +84,7 @@ def attend(
                 more = recipe.alpha * centred[:, :, start:] @ centred.transpose(-2, -1)
                 more = (more * queries.shape[-1] ** -0.5).to(q.dtype)
                 own = more if mask is None else mask + more
-            output = F.scaled_dot_product_attention(
-                queries[:, :, start:], keys, v, attn_mask=own, scale=scale
-            )
+            output = softmax_attention(queries[:, :, start:], keys, v, own, scale=scale)
         output = output if shares is None else shares[i] * output
         total = output if total is None else total + output
     if total is None:
@@ -104,7 +103,7 @@ def _cluster(x: Tensor, temperature: Tensor, iterations: int) -> tuple[Tensor, T
     """GEM's self-self attention on unit vectors; returns queries (times temperature) and keys."""
     x = F.normalize(x.float(), dim=-1).to(x.dtype)
     for _ in range(iterations):
-        x = F.scaled_dot_product_attention(x * temperature.to(x.dtype), x, x, scale=1.0)
+        x = softmax_attention(x * temperature.to(x.dtype), x, x, scale=1.0)
         x = F.normalize(x.float(), dim=-1).to(x.dtype)
     return x * temperature.to(x.dtype), x
 

@@ -5,11 +5,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import InvalidSetting
 from surgery.recipe import Recipe
+from surgery.softmax_attention import softmax_attention
 
 _POOLED_BY = {
     "class": "makes its image feature of the class token",
@@ -113,7 +113,7 @@ class Visitor:
         Returns:
             [B, heads, L, d_head] for the first `step.kept` tokens; here CLIP's own attention.
         """
-        return F.scaled_dot_product_attention(step.q[:, :, : step.kept], step.k, step.v)
+        return softmax_attention(step.q[:, :, : step.kept], step.k, step.v)
 
     def leave(self, step: Step) -> None:
         """After a block: `step.x` are the tokens that leave it, and may be replaced."""
