@@ -31,7 +31,8 @@ from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks._transfer import Copy
 from tasks.measures._measures import label_masks
 from tasks.measures.analysis import DISTANCES, SELECTIONS, STAGES, AnalysisMeasures
-from tasks.run.results import Facts, ImageResult
+from tasks.run.image import ImageResult
+from tasks.run.results import Facts
 from tasks.run.stored import Files, slug
 
 

@@ -20,7 +20,8 @@ from tasks._draw import Look, heat_maps
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks._transfer import Copy, Group, Later, groups_of, send_rows
 from tasks.measures.explainability import ExplainabilityMeasures
-from tasks.run.results import ByMethod, Facts, ImageResult, Masks, Similarities
+from tasks.run.image import ImageResult
+from tasks.run.results import ByMethod, Facts, Masks, Similarities
 
 
 class Explainability(Task):

@@ -22,7 +22,8 @@ from tasks._sam import SamTask, points_result
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig
 from tasks._transfer import Copy, send_rows
 from tasks.measures.interactive import InteractiveMeasures
-from tasks.run.results import ByMethod, ImageResult, Points
+from tasks.run.image import ImageResult
+from tasks.run.results import ByMethod, Points
 from tasks.run.stored import slug
 
 ALONE = ("surgery", "surgery_paper")

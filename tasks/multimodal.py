@@ -21,7 +21,8 @@ from tasks._draw import Look, caption_figure
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks._transfer import Copy, Later, send_rows
 from tasks.measures.multimodal import TOP, MultimodalMeasures
-from tasks.run.results import Facts, ImageResult, Similarities, Tokens
+from tasks.run.image import ImageResult
+from tasks.run.results import Facts, Similarities, Tokens
 
 
 class Multimodal(Task):

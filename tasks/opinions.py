@@ -33,7 +33,8 @@ from tasks._task import DEFAULT_BACKBONE, BackboneConfig
 from tasks.explainability import draw_maps, stored
 from tasks.interactive import draw_points
 from tasks.measures.opinions import OpinionsMeasures
-from tasks.run.results import ByMethod, Facts, ImageResult, Masks, Points, Result, Similarities
+from tasks.run.image import ImageResult
+from tasks.run.results import ByMethod, Facts, Masks, Points, Result, Similarities
 
 SURGERY = "surgery"
 """The method whose maps of the words are the task's own."""

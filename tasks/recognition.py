@@ -20,7 +20,8 @@ from tasks._text_features import read_text_features
 from tasks._transfer import Copy, Later
 from tasks.measures._measures import other_reading
 from tasks.measures.recognition import RecognitionMeasures
-from tasks.run.results import Facts, ImageResult, Scores
+from tasks.run.image import ImageResult
+from tasks.run.results import Facts, Scores
 
 
 class Recognition(Task):

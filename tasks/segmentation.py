@@ -36,7 +36,8 @@ from tasks._protocols import check_name, find_protocol
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
 from tasks._transfer import Copy, Group, Later, groups_of
 from tasks.measures.segmentation import SegmentationMeasures
-from tasks.run.results import Facts, ImageResult, LabelMap
+from tasks.run.image import ImageResult
+from tasks.run.results import Facts, LabelMap
 from tasks.run.terminal import in_words
 
 log = logging.getLogger(__name__)

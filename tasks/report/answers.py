@@ -15,7 +15,8 @@ from tasks.measures.segmentation import SegmentationMeasures
 from tasks.report.encoding import quantised, run_lengths, shrunk, smaller_jpeg, thumbnail
 from tasks.report.scoring import Quality, Truth
 from tasks.run import Run
-from tasks.run.results import LabelMap, Masks, Points, Scores, Similarities, StoredImage, Tokens
+from tasks.run.image import StoredImage
+from tasks.run.results import LabelMap, Masks, Points, Scores, Similarities, Tokens
 
 SHOWN_SCORES = 12
 """How many of the best classes of an image are listed."""

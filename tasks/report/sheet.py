@@ -22,8 +22,9 @@ from tasks.report.charts import need_matplotlib
 from tasks.report.originals import Originals
 from tasks.run import Run, RunError
 from tasks.run.compare import names_of
+from tasks.run.image import StoredImage
 from tasks.run.place import beside
-from tasks.run.results import LabelMap, Masks, Points, Similarities, StoredImage, Tokens
+from tasks.run.results import LabelMap, Masks, Points, Similarities, Tokens
 from tasks.run.shard import ShardRecord
 
 CELL = 1.6

@@ -2,16 +2,15 @@
 
 from tasks.run.errors import RunError
 from tasks.run.folder import Run
+from tasks.run.image import ImageResult, StoredImage
 from tasks.run.results import (
     ByMethod,
     Facts,
-    ImageResult,
     LabelMap,
     Masks,
     Points,
     Scores,
     Similarities,
-    StoredImage,
     Tokens,
 )
 

@@ -31,10 +31,10 @@ from tasks._transfer import Later, bring
 from tasks.measures import Report, path_of
 from tasks.run.errors import RunError
 from tasks.run.folder import Run
+from tasks.run.image import ImageResult
 from tasks.run.memory import peak, reset_peak
 from tasks.run.place import files_in, in_store, place_of
 from tasks.run.processes import Processes
-from tasks.run.results import ImageResult
 from tasks.run.shard import OutputShard, ShardRecord, find_shards, load_states
 from tasks.run.summary import Published, note_loss
 from tasks.run.tally import Tally

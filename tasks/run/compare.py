@@ -15,9 +15,10 @@ import numpy as np
 from common.files import csv_text, write_atomically
 from tasks.run.folder import Run
 from tasks.run.identity import flatten
+from tasks.run.image import StoredImage
 from tasks.run.meaning import meaning_of
 from tasks.run.place import in_store
-from tasks.run.results import LabelMap, Masks, Scores, StoredImage
+from tasks.run.results import LabelMap, Masks, Scores
 
 COUNTS = ("images", "positives", "points")
 """Columns of classes that say of how much the others are."""

@@ -14,11 +14,11 @@ from datamodules._samples import DatasetInfo, SampleError
 from datamodules._spool import SpoolFolder
 from tasks.run.errors import RunError
 from tasks.run.identity import differences
+from tasks.run.image import StoredImage
 from tasks.run.lock import FolderLock, Job
 from tasks.run.place import MARKER, append, files_in, in_store, place_of, read, remove, write
 from tasks.run.reading import read_images
 from tasks.run.replace import delete_set_aside, put_back, refuse_other_files, set_aside
-from tasks.run.results import StoredImage
 from tasks.run.shard import OutputShard, ShardRecord, find_shards, leftover_of
 from tasks.run.summary import Published, merge_shards, write_summary
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from datamodules._samples import DatasetInfo
 from tasks.run.errors import RunError
+from tasks.run.image import StoredImage
 from tasks.run.place import is_folder, local_copy
-from tasks.run.results import StoredImage
 from tasks.run.shard import STATE, ShardRecord
 from tasks.run.stored import Stored, decode_table
 

@@ -19,8 +19,8 @@ from webdataset import TarWriter
 
 from datamodules._samples import DatasetInfo, SampleError
 from tasks.run.errors import RunError
+from tasks.run.image import ImageResult
 from tasks.run.place import is_folder, publish, read_part, size_of
-from tasks.run.results import ImageResult
 from tasks.run.stored import ColumnTable
 
 STATE = "__shard__"

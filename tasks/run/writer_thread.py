@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from tasks.run.results import ImageResult
+from tasks.run.image import ImageResult
 from tasks.run.shard import OutputShard
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import torch
 from surgery.backbone import Backbone
 from surgery.towers.vit import ViT
 from tasks.__main__ import main
-from tasks.run import results, shard
+from tasks.run import image, shard
 from tests.tasks.conftest import fail_once, same_results
 
 
@@ -18,7 +18,7 @@ def test_a_full_disk(finished, command, monkeypatch, tmp_path, capsys):
     run = tmp_path / "run"
     full = OSError(errno.ENOSPC, "No space left on device")
     # While an image is encoded, and at the end of a shard, of which the next one hears when it is whole.
-    for owner, name, after in ((results, "encode", 30), (shard.OutputShard, "publish", 1)):
+    for owner, name, after in ((image, "encode", 30), (shard.OutputShard, "publish", 1)):
         fail_once(monkeypatch, owner, name, full, after=after)
         assert main(command(run)) == 1
         assert "disk is full" in capsys.readouterr().err
