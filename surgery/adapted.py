@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from surgery.backbone import Backbone
 from surgery.features import similarity
 from surgery.precision import widen
+from surgery.towers import ImageTokens
+from surgery.windows import Compare, Window, class_similarities
 
 CLUSTER_DISTANCE = 0.22
 """1 - cosine from which texts are of different clusters."""
@@ -86,3 +92,33 @@ def adapted_scores(
         similarity(cells[None], texts)[0] for cells, texts in zip(patch_tokens, own, strict=True)
     ]
     return (1 - share) * torch.stack(scores) + share * widen(whole)[:, None]
+
+
+def compare_adapted(
+    backbone: Backbone,
+    images: Sequence[Tensor],
+    windows: Sequence[Sequence[Window]],
+    text: Tensor,
+    clusters: Tensor,
+    *,
+    rest: Literal["pad", "drop"] = "pad",
+) -> Compare:
+    """Compares windows with texts by `adapted_scores`, for `window_similarities`.
+
+    Args:
+        backbone: that encodes whole images, where a window is not all of its image.
+        images: uint8 [3, H, W], of any sizes.
+        windows: of each image.
+        text: [T, C].
+        clusters: int64 [T], of `text_clusters`.
+        rest: as of `window_similarities`.
+    """
+    seen_whole = all(len(boxes) == 1 for boxes in windows)
+    whole = None if seen_whole else class_similarities(backbone, images, text, rest=rest)
+
+    def compare(tokens: ImageTokens, chosen: list[int]) -> Tensor:
+        own = similarity(tokens.class_token[:, None], text)[:, 0]
+        of_image = own if whole is None else whole[chosen]
+        return adapted_scores(tokens.patch_tokens, of_image, text, clusters)
+
+    return compare

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from common.errors import InvalidSetting
 from surgery.backbone import Backbone
 from surgery.precision import widen
 from surgery.towers import Step, Visitor
+from surgery.windows import whole_patches
 
 NOISE = -1
 """The cluster of cells that are of none."""
@@ -104,6 +107,35 @@ def one_label_a_cluster(
     most = int(labels.max()) + 1
     votes = torch.bincount((region * most + labels).flatten(), minlength=count * most)
     return votes.view(count, most).argmax(dim=1)[region]
+
+
+def label_clusters(
+    backbone: Backbone,
+    image: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    rest: Literal["pad", "drop"] = "pad",
+) -> Tensor:
+    """The label map of an image in which each cluster of cells has one label.
+
+    Args:
+        backbone: as of `correlations`.
+        image: uint8 [3, S, S'].
+        labels: int64 [H, W], 0 or more.
+        eps: as of `cluster_cells`.
+        rest: what becomes of the image's border that patches don't divide, see `window_similarities`.
+
+    Returns:
+        int64 [H, W].
+
+    Raises:
+        InvalidSetting: the tower is another.
+    """
+    pixels = whole_patches(backbone.preprocess(image[None]), backbone.patch_size, rest)
+    (correlation,) = correlations(backbone, pixels)
+    grid = backbone.tower.grid((pixels.shape[2], pixels.shape[3]))
+    return one_label_a_cluster(labels, correlation, cluster_cells(correlation, eps), grid)
 
 
 class _Correlation(Visitor):

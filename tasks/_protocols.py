@@ -96,6 +96,17 @@ class Protocol:
                     found[f"{section}.{name}"] = {"protocol": value, "run": has}
         return found
 
+    def described(self, task: Any, datamodule: ShardDataModule) -> dict[str, Any]:
+        """What ``run.json`` says of the protocol, its source, and what of a run is otherwise."""
+        dataset = self.dataset
+        return {
+            "name": self.name,
+            "dataset": f"{datamodule.info.name}, as {dataset}" if self.drawn else dataset,
+            "source": self.source,
+            "departs": self.departures(task, datamodule),
+            "differs": list(self.differs),
+        }
+
 
 def list_protocols() -> list[tuple[str, str]]:
     """Names, and what each is."""

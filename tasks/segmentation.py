@@ -15,22 +15,14 @@ from torch import Tensor
 from common.errors import InvalidSetting
 from datamodules._datamodule import ShardDataModule
 from datamodules._samples import VOID, Batch, DatasetInfo
-from surgery import ImageTokens, similarity
-from surgery.adapted import adapted_scores, text_clusters
-from surgery.clusters import cluster_cells, correlations, one_label_a_cluster
+from surgery.adapted import compare_adapted, text_clusters
+from surgery.clusters import label_clusters
 from surgery.enlarging import on_canvas
 from surgery.fused import fused_labels, fused_scores, read_layers, read_parts
 from surgery.labels import Refine, Rules, label_maps
 from surgery.prompts import find_templates
 from surgery.refine import REFINEMENTS
-from surgery.windows import (
-    Compare,
-    Window,
-    class_similarities,
-    cut_windows,
-    whole_patches,
-    window_similarities,
-)
+from surgery.windows import Window, cut_windows, whole_patches, window_similarities
 from tasks._draw import Look, label_figure
 from tasks._protocols import check_name, find_protocol
 from tasks._task import DEFAULT_BACKBONE, BackboneConfig, Task
@@ -223,17 +215,7 @@ class Segmentation(Task):
             return {}
         data = self.datamodule
         found = find_protocol(self.protocol, type(data), bool(data.info.background_words))
-        return {
-            "protocol": {
-                "name": found.name,
-                "dataset": f"{data.info.name}, as {found.dataset}"
-                if found.drawn
-                else found.dataset,
-                "source": found.source,
-                "departs": found.departures(self, data),
-                "differs": list(found.differs),
-            }
-        }
+        return {"protocol": found.described(self, data)}
 
     def background_words(self, info: DatasetInfo) -> tuple[str, ...]:
         """The words of the background class; none if it has none."""
@@ -318,7 +300,11 @@ class Segmentation(Task):
 
     def by_cosines(self, images: list[Tensor], windows: list[list[Window]], text: Tensor) -> Choose:
         """The labels of some of the images, at a size, by the cosines of their windows."""
-        compare = self.comparing(images, windows, text) if self.score == "adapted" else None
+        compare = None
+        if self.score == "adapted":
+            compare = compare_adapted(
+                self.backbone, images, windows, text, self.clusters, rest=self.rest
+            )
         scores = window_similarities(
             self.backbone, images, windows, text, rest=self.rest, compare=compare
         )
@@ -335,37 +321,17 @@ class Segmentation(Task):
             )
             if self.cluster_eps is None:
                 return labels
-            each = zip(group, group.sizes, labels, strict=True)
-            return on_canvas(
-                [
-                    self.clustered(images[i], one[:height, :width], self.cluster_eps)
-                    for i, (height, width), one in each
-                ]
-            )
+            found = []
+            for i, (height, width), one in zip(group, group.sizes, labels, strict=True):
+                of_image = one[:height, :width]
+                found.append(
+                    label_clusters(
+                        self.backbone, images[i], of_image, self.cluster_eps, rest=self.rest
+                    )
+                )
+            return on_canvas(found)
 
         return choose
-
-    def clustered(self, image: Tensor, labels: Tensor, eps: float) -> Tensor:
-        """The labels [H,W] of an image uint8 [3,S,S'], with one for each of its clusters of cells."""
-        backbone = self.backbone
-        pixels = whole_patches(backbone.preprocess(image[None]), backbone.patch_size, self.rest)
-        (correlation,) = correlations(backbone, pixels)
-        grid = backbone.tower.grid((pixels.shape[2], pixels.shape[3]))
-        return one_label_a_cluster(labels, correlation, cluster_cells(correlation, eps), grid)
-
-    def comparing(self, images: list[Tensor], windows: list[list[Window]], text: Tensor) -> Compare:
-        """RF-CLIP's comparison of windows with texts, by what their whole images show of these."""
-        seen_whole = all(len(boxes) == 1 for boxes in windows)
-        whole = None
-        if not seen_whole:
-            whole = class_similarities(self.backbone, images, text, rest=self.rest)
-
-        def compare(tokens: ImageTokens, chosen: list[int]) -> Tensor:
-            own = similarity(tokens.class_token[:, None], text)[:, 0]
-            of_image = own if whole is None else whole[chosen]
-            return adapted_scores(tokens.patch_tokens, of_image, text, self.clusters)
-
-        return compare
 
     def by_fused_scores(
         self, images: Tensor | list[Tensor], windows: list[list[Window]], text: Tensor
