@@ -1,10 +1,9 @@
-"""A contact sheet of runs: a row an image, a column a method (Figures 3, 8 and 9 of the paper)."""
+"""What stands on a contact sheet of runs: a row an image, a column a method."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from datamodules._samples import Sample
 from surgery import similarity_map
 from surgery.visualize import colours
 from tasks._draw import LOOK, Look, heat_maps, label_colours, point_figure
+from tasks._sheet import Row, draw_sheet
 from tasks.report.answers import Column, columns_of, together
 from tasks.report.charts import need_matplotlib
 from tasks.report.originals import Originals
@@ -26,22 +26,6 @@ from tasks.run.image import StoredImage
 from tasks.run.place import beside
 from tasks.run.results import LabelMap, Masks, Points, Similarities, Tokens
 from tasks.run.shard import ShardRecord
-
-CELL = 1.6
-"""Inches of a picture's side."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One image of a sheet.
-
-    Attributes:
-        title: the class, word or token that the maps are of; else the image's key.
-        pictures: uint8 [H,W,3] each, the image first; None where there is nothing to show.
-    """
-
-    title: str
-    pictures: list[np.ndarray | None]
 
 
 def write_sheet(
@@ -87,7 +71,8 @@ def write_sheet(
         raise InvalidSetting(f"--keys: {runs[0].folder} has no image {missing[0]!r}")
     if not found:
         raise RunError(f"{runs[0].folder}: no shard is finished, there is nothing to show")
-    _draw([found[key] for key in keys or found], ["image", *(c.label for c in columns)], output)
+    heads = ["image", *(column.label for column in columns)]
+    draw_sheet([found[key] for key in keys or found], heads, output)
     return output
 
 
@@ -208,31 +193,3 @@ def _place(
 def _under(original: Tensor | None, size: tuple[int, int]) -> Tensor:
     """The image uint8 [3,H,W], or grey where there is none."""
     return torch.full((3, *size), 160, dtype=torch.uint8) if original is None else original
-
-
-def _draw(rows: Sequence[Row], heads: Sequence[str], output: Path) -> None:
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    known = Figure().canvas.get_supported_filetypes()
-    if output.suffix[1:].lower() not in known:
-        raise InvalidSetting(f"{output}: the ending of a sheet is one of {', '.join(known)}")
-    shapes = [next(p.shape for p in row.pictures if p is not None) for row in rows]
-    heights = [shape[0] / shape[1] for shape in shapes]
-    size = (0.4 + CELL * len(heads), 0.3 + 1.03 * CELL * sum(heights))
-    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
-    figure = Figure(figsize=size, layout=layout)
-    axes = figure.subplots(len(rows), len(heads), squeeze=False, height_ratios=heights)
-    for row, line in zip(rows, axes, strict=True):
-        for axis, picture in zip(line, row.pictures, strict=True):
-            axis.set(xticks=[], yticks=[])
-            for spine in axis.spines.values():
-                spine.set_visible(False)
-            if picture is not None:
-                axis.imshow(picture)
-        title = row.title if len(row.title) <= 24 else f"{row.title[:23]}…"
-        line[0].set_ylabel(title, fontsize=9, parse_math=False)
-    for axis, head in zip(axes[0], heads, strict=True):
-        axis.set_title(head, fontsize=10, pad=4, parse_math=False)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=200)

@@ -112,7 +112,7 @@ FIGURES = (
         beside=("redundancy",),
         sheet=Sheet(
             "redundant.",
-            ("CLIP: text", "CLIP: empty text", "architecture: text", "architecture: empty text"),
+            ("CLIP: text", "CLIP: empty", "architecture: text", "architecture: empty"),
         ),
     ),
     Plan(

@@ -12,10 +12,8 @@ from typing import Any
 
 from common import signals
 from common.errors import UserError
-from common.files import write_atomically
 from tasks.reproduce.plan import Job, Plan, jobs
 from tasks.reproduce.report import Reproduction
-from tasks.reproduce.sheet import draw_sheet
 from tasks.run import Run
 
 log = logging.getLogger(__name__)
@@ -162,5 +160,5 @@ def _lay_beside(plan: Plan, run: Run, output: Path) -> None:
             file = run.folder / f"{table}.{ending}"
             if file.is_file():
                 shutil.copyfile(file, output / f"{plan.name}-{file.name}")
-    if plan.sheet and (page := draw_sheet(run, plan.sheet)):
-        write_atomically(output / f"{plan.name}-{plan.sheet.prefix}png", page)
+    if plan.sheet:
+        plan.sheet.draw(run, output / f"{plan.name}-{plan.sheet.prefix}png")

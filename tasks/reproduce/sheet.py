@@ -3,58 +3,56 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from PIL import Image
 
+from tasks._sheet import Row, draw_sheet
 from tasks.run import Run
 
-_ROWS, _HEIGHT, _MARGIN = 8, 224, 24  # pixels
+log = logging.getLogger(__name__)
+
+_ROWS = 8
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """Which pictures stand below each other.
+    """Which pictures of a run are laid below each other.
 
     Attributes:
-        prefix: what their names begin with, ``attention.``; they show parts side by side.
+        prefix: what their names begin with, ``attention.``; they show parts of a width, side by side.
         columns: what the parts are.
     """
 
     prefix: str
     columns: tuple[str, ...]
 
+    def draw(self, run: Run, output: Path) -> None:
+        """Draw the first pictures of a run, one an image; nothing where it has none."""
+        rows = list(islice(self._rows(run), _ROWS))
+        if not rows:
+            return
+        try:
+            draw_sheet(rows, self.columns, output)
+        except ImportError:
+            log.warning(
+                "no %s: matplotlib is not installed; `pip install clip-surgery-lightning[plots]`",
+                output,
+            )
 
-def draw_sheet(run: Run, sheet: Sheet) -> bytes | None:
-    """The first pictures of a run, one an image, as a PNG; None where it has none."""
-    found = list(islice(_pictures(run, sheet.prefix), _ROWS))
-    if not found:
-        return None
-    rows = [
-        picture.resize((max(1, picture.width * _HEIGHT // picture.height), _HEIGHT))
-        for _, picture in found
-    ]
-    width = max(row.width for row in rows)
-    page = Image.new("RGB", (width, _MARGIN + len(rows) * (_HEIGHT + _MARGIN)), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
-    for i, column in enumerate(sheet.columns):
-        draw.text((i * rows[0].width // len(sheet.columns) + 4, 4), column, fill="black", font=font)
-    for i, (row, (title, _)) in enumerate(zip(rows, found, strict=True)):
-        top = _MARGIN + i * (_HEIGHT + _MARGIN)
-        page.paste(row, (0, top))
-        draw.text((4, top + _HEIGHT + 4), title, fill="black", font=font)
-    buffer = io.BytesIO()
-    page.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _pictures(run: Run, prefix: str) -> Iterator[tuple[str, Image.Image]]:
-    """Title and picture of the first label of each image that has one."""
-    for image in run.images():
-        for ending, data in image.pictures.items():
-            if ending.startswith(prefix):
-                name = ending.removeprefix(prefix).removesuffix(".jpg").partition("-")[2]
-                yield f"{image.key}: {name}", Image.open(io.BytesIO(data)).convert("RGB")
-                break
+    def _rows(self, run: Run) -> Iterator[Row]:
+        """The first label's picture of each image that has one."""
+        for image in run.images():
+            for ending, data in image.pictures.items():
+                if ending.startswith(self.prefix):
+                    name = ending.removeprefix(self.prefix).removesuffix(".jpg").partition("-")[2]
+                    with Image.open(io.BytesIO(data)) as picture:
+                        pixels = np.asarray(picture.convert("RGB"))
+                    parts = np.array_split(pixels, len(self.columns), axis=1)
+                    yield Row(f"{image.key}: {name}", [*parts])
+                    break

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from surgery import load_backbone
+from surgery.backbone import Backbone
 from tasks.__main__ import main
 
 FOREVER = 900.0
@@ -48,6 +50,12 @@ def tiny(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("model") / "tiny.json"
     path.write_text(json.dumps(TINY))
     return path
+
+
+@pytest.fixture(scope="session")
+def backbone(tiny) -> Backbone:
+    """That CLIP; do not change it."""
+    return load_backbone(str(tiny))
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +99,7 @@ def predict(command) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def finished(predict, tmp_path_factory) -> Path:
-    """An undisturbed run over the scenes."""
+    """An undisturbed run over the scenes; do not change it, nor write to its folder."""
     return predict(tmp_path_factory.mktemp("runs") / "finished")
 
 

@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 from datamodules._drawing import NOUNS, draw_scene
-from surgery import encode_prompts, load_backbone
+from surgery import encode_prompts
 from tasks.__main__ import main
+from tasks.reproduce import PLANS
+from tasks.run import Run
 from tests import reference_analyses as paper
 from tests.tasks.conftest import members
 
@@ -24,11 +26,6 @@ GRID, HEADS, SIZE = (6, 6), 2, 64
 def run(predict, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "analysis"
     return predict(folder, "--writer.overlays=true", task="Analysis")
-
-
-@pytest.fixture(scope="module")
-def backbone(tiny):
-    return load_backbone(str(tiny))
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +187,14 @@ def test_every_image_has_its_numbers_and_pictures_and_every_table_its_plot(run, 
     for name in ("fsr_survival", "affinity", "affinity_ln_post", "redundancy"):
         with Image.open(run / f"{name}.png") as plot:
             assert plot.width > 500
+
+
+def test_the_sheet_of_a_figure_has_a_column_a_part(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    for name, aspect in (("figure4", 2), ("figure6", 4)):
+        PLANS[name].sheet.draw(Run.load(run), tmp_path / "sheet.png")
+        with Image.open(tmp_path / "sheet.png") as sheet:
+            assert sheet.width / sheet.height == pytest.approx(aspect / 8, rel=0.15)
 
 
 def test_flags_choose_the_analyses(predict, tmp_path):

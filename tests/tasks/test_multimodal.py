@@ -30,11 +30,6 @@ def run(predict, tmp_path_factory):
     return predict(folder, "--writer.overlays=true", task="Multimodal")
 
 
-@pytest.fixture(scope="module")
-def backbone(tiny):
-    return load_backbone(str(tiny))
-
-
 def unit(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 

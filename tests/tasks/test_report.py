@@ -68,8 +68,10 @@ def methods(predict, scenes, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(finished, methods):
-    return report(finished, methods)
+def page(finished, methods, tmp_path_factory):
+    # Of a copy: other tests compare what lies in the folder of the run.
+    run = shutil.copytree(finished, tmp_path_factory.mktemp("runs") / "finished")
+    return report(run, methods)
 
 
 def test_everything_of_a_run_is_in_one_file(page, finished):

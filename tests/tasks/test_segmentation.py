@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from common.errors import InvalidSetting
 from datamodules._drawing import NOUNS
 from datamodules._samples import DatasetInfo
-from surgery import TEMPLATES, encode_prompts, load_backbone
+from surgery import TEMPLATES, encode_prompts
 from surgery.refine import pamr
 from tasks import Segmentation
 from tasks.__main__ import main
@@ -52,11 +52,6 @@ def recomputed(run: Path, scenes: Path, values: range) -> tuple[float, float]:
 @pytest.fixture(scope="module")
 def run(predict, tmp_path_factory) -> Path:
     return predict(tmp_path_factory.mktemp("runs") / "plain", task="Segmentation")
-
-
-@pytest.fixture(scope="module")
-def backbone(tiny):
-    return load_backbone(str(tiny))
 
 
 def pictured(scenes: Path, key: str, side: int) -> torch.Tensor:
