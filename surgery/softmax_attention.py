@@ -97,7 +97,8 @@ def ratio(dtype: torch.dtype) -> float:
             own.append(_seconds(products, q, k, v))
     finally:
         torch.set_num_threads(threads)
-    share = min(own) / min(fused)
+    # A coarse clock may find no time at all: then neither is faster.
+    share = min(own) / min(fused) if min(fused) else 1.0
     log.info("attention in %s: products take %.2f of the fused kernel's time", dtype, share)
     return share
 

@@ -23,6 +23,7 @@ from common.files import is_nan
 from common.source import source_digest
 from datamodules._loader import cores_of_rank
 from datamodules._samples import Batch, SampleError
+from surgery.softmax_attention import by_products
 from surgery.visualize import colours
 from tasks._draw import LOOK, Look
 from tasks._task import Task
@@ -177,7 +178,7 @@ class ResultWriter(BasePredictionWriter):
             more = {
                 "identity": task.fingerprints(),
                 "checkpoint": {**asdict(weights), "sha256": weights.sha256},
-                "device": _describe_device(trainer.strategy.root_device),
+                "device": _describe_device(trainer),
             }
             self.run.accept(self._mine, more, self.config)
             log.info("%s", _describe_run(task, more["device"]["name"]))
@@ -339,9 +340,12 @@ def _encoders(trainer: Trainer) -> int:
     return max(1, min(_MOST_ENCODERS, cores_of_rank(trainer.num_devices) // _CORES_AN_ENCODER))
 
 
-def _describe_device(device: torch.device) -> dict[str, Any]:
+def _describe_device(trainer: Trainer) -> dict[str, Any]:
     """On what this is computed, and what torch's last digits depend on; good to know, not compared."""
+    device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    low = device.type == "cpu" and str(trainer.precision).startswith("bf16")
+    products = low and by_products(torch.bfloat16)
     return {
         "type": device.type,
         "name": name,
@@ -349,6 +353,7 @@ def _describe_device(device: torch.device) -> dict[str, Any]:
         "matmul_precision": torch.get_float32_matmul_precision(),
         "cudnn_tf32": torch.backends.cudnn.allow_tf32,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "attention": "products" if products else "fused",
     }
 
 
