@@ -77,7 +77,7 @@ def expand_shards(shards: str | list[str], *, allow_pipe: bool = False) -> list[
 
     Raises:
         MissingFile: nothing matches.
-        InvalidSetting: a ``pipe:`` shard without ``allow_pipe``.
+        InvalidSetting: a ``pipe:`` shard without ``allow_pipe``, or a folder of a store.
     """
     if isinstance(shards, list):
         return [s for spec in shards for s in expand_shards(spec, allow_pipe=allow_pipe)]
@@ -92,6 +92,7 @@ def expand_shards(shards: str | list[str], *, allow_pipe: bool = False) -> list[
         spec = spec.removeprefix("file://")
         if is_remote(spec):
             check_protocol(spec)
+            _refuse_folder(spec)
             found.append(spec)
         elif os.path.isdir(spec):
             found += tars_in(spec)
@@ -108,6 +109,20 @@ def expand_shards(shards: str | list[str], *, allow_pipe: bool = False) -> list[
             f"a pattern or a URL with --data.shards; `lightning shards --help` makes shards of a data set"
         )
     return found
+
+
+def _refuse_folder(url: str) -> None:
+    """Refuse what can't be a shard, at once; a page of the web may have any name.
+
+    Raises:
+        InvalidSetting: a URL of a store names no tar.
+    """
+    if not url.startswith(("http:", "https:")) and not without_query(url).endswith(TARS):
+        shown = without_query(url).rstrip("/")
+        raise InvalidSetting(
+            f"{shown} names no tar: name the shards of other machines one by one, as "
+            f"{shown}/{{000000..000007}}.tar"
+        )
 
 
 def tars_in(folder: str) -> list[str]:

@@ -100,7 +100,10 @@ class ResultWriter(BasePredictionWriter):
         self.look = Look(overlay_alpha, overlay_colours, overlay_classes)
         self.output = place_of(output)
         if layout == "files" and in_store(self.output):
-            raise InvalidSetting("--writer.layout files needs an --writer.output on this machine")
+            raise InvalidSetting(
+                f"--writer.layout files needs an --writer.output on this machine; to write to {output}, "
+                "set --writer.layout tar"
+            )
         self.layout = layout
         self.overlays = overlays
         self.overwrite = overwrite
@@ -183,6 +186,8 @@ class ResultWriter(BasePredictionWriter):
             self.run.accept(self._mine, more, self.config)
             log.info("%s", _describe_run(task, more["device"]["name"]))
         self._processes.wait()  # nobody may publish into a folder that rank 0 refuses
+        # With the weights': all processes look whether a store's folder is still this run's.
+        self.run.described["identity"] = trainer.strategy.broadcast(self.run.settings, src=0)
         reset_peak(trainer.strategy.root_device)
         self._began = datetime.now(timezone.utc)
 

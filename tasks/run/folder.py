@@ -13,9 +13,9 @@ from datamodules._contents import has_changed
 from datamodules._samples import DatasetInfo, SampleError
 from datamodules._spool import SpoolFolder
 from tasks.run.errors import RunError
-from tasks.run.identity import differences
 from tasks.run.image import StoredImage
 from tasks.run.lock import FolderLock, Job
+from tasks.run.marker import ANEW, Ownership, read_json, read_marker, refuse_another
 from tasks.run.place import MARKER, append, files_in, in_store, place_of, read, remove, write
 from tasks.run.reading import read_images
 from tasks.run.replace import delete_set_aside, put_back, refuse_other_files, set_aside
@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 
 JOBS = "jobs.jsonl"
 """How long each job took that worked on the run; no part of its results."""
-
-_ANEW = "Choose another --writer.output, or start anew with --writer.overwrite true"
 
 
 class Run:
@@ -56,6 +54,7 @@ class Run:
         self._lock: FolderLock | None = None
         self._work: SpoolFolder | None = None
         self._places: dict[str, Path] | None = None
+        self._ownership = Ownership(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> Run:
@@ -68,7 +67,7 @@ class Run:
             RunError: it holds no run, or its ``run.json`` can't be read.
         """
         place = place_of(folder)
-        described = _read_marker(place)
+        described = read_marker(place)
         if described is None:
             raise RunError(f"{place} is not a run's folder: it has no {MARKER}")
         return cls(place, described)
@@ -104,7 +103,7 @@ class Run:
         path = self.folder / "metrics.json"
         again = f"`lightning metrics {self.folder}` makes it anew"
         try:
-            summary = _read_json(path, again)
+            summary = read_json(path, again)
         except FileNotFoundError:
             raise RunError(f"{path} is missing: {again}") from None
         if not isinstance(summary, dict) or "metrics" not in summary:
@@ -269,6 +268,9 @@ class Run:
             set_aside(self.folder)
         else:
             self._refuse_changes()
+        write(self.folder / MARKER, json.dumps(self.described, indent=1))
+        if self._overwrite and in_store(self.folder):
+            set_aside(self.folder)  # what the old run's jobs sent before they could see this one
         alone = self._lock is not None and not self._lock.others()
         ours, all_shards = set(mine), set(self.shards)
         for name, path in files_in(self.folder).items():
@@ -277,7 +279,6 @@ class Run:
             shard = leftover_of(name)
             if shard in ours or (shard and alone and shard not in all_shards):
                 remove(path)
-        write(self.folder / MARKER, json.dumps(self.described, indent=1))
         if config:
             write(self.folder / "config.yaml", config)
         delete_set_aside(self.folder)
@@ -292,12 +293,15 @@ class Run:
             self._work = None
 
     def shard(self, name: str) -> OutputShard:
-        """Begin an output shard; it appears in the folder when it is published."""
+        """Begin an output shard; it appears in the folder when it is published.
+
+        Publishing it raises `RunError` where the folder, of a store, has become another run's.
+        """
         work, layout = None, self.settings["writer"]["layout"]
         if in_store(self.folder):
             self._work = self._work or SpoolFolder()
             work = self._work.path
-        return OutputShard(self.folder, name, layout, self.info, work)
+        return OutputShard(self.folder, name, layout, self.info, work, self._check_ownership)
 
     def missing(self) -> list[str]:
         """Shards that are not in the folder."""
@@ -315,8 +319,12 @@ class Run:
 
         Returns:
             The report, and what each shard says of itself, or why it is missing.
+
+        Raises:
+            RunError: a shard is damaged, or the folder, of a store, has become another run's.
         """
         report, outcomes = self.measured(measures, elsewhere)
+        self._check_ownership()
         write_summary(self.folder, report, outcomes, len(self.shards))
         return report, outcomes
 
@@ -327,6 +335,9 @@ class Run:
         measures = measures or self.measures()
         outcomes = merge_shards(self.folder, self.shards, measures, elsewhere or {})
         return measures.report(), outcomes
+
+    def _check_ownership(self) -> None:
+        self._ownership.check(self.settings)
 
     def _find_results(self, mine: Collection[str]) -> None:
         """Fill in ``finished``: shards of ours with results; those that are broken are done again."""
@@ -347,12 +358,10 @@ class Run:
 
     def _refuse_changes(self, *, of_shards: bool = False) -> None:
         """Refuse to go on with a run whose settings, or finished input shards, are others."""
-        before = _read_marker(self.folder)
+        before = read_marker(self.folder)
         if before is None:
             return
-        if changes := differences(before["identity"], self.settings):
-            lines = "\n".join(f"  {line}" for line in changes)
-            raise RunError(f"{self.folder} holds another run's results:\n{lines}\n{_ANEW}")
+        refuse_another(self.folder, before, self.settings)
         if not of_shards:
             return
         contents, places = before.get("contents", {}), self.places()
@@ -361,30 +370,8 @@ class Run:
             if was and path and has_changed(was, now):
                 raise RunError(
                     f"the pictures of shard {name} have changed since {path} was made of them. Delete "
-                    f"that file to have them done again. {_ANEW}"
+                    f"that file to have them done again. {ANEW}"
                 )
-
-
-def _read_marker(folder: Path) -> dict[str, Any] | None:
-    """What ``run.json`` holds; None where there is none."""
-    path = folder / MARKER
-    try:
-        described = _read_json(path, _ANEW)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    keys = ("identity", "shards", "info")
-    if not isinstance(described, dict) or any(key not in described for key in keys):
-        raise RunError(f"{path} does not describe a run: {_ANEW}")
-    return described
-
-
-def _read_json(path: Path, hint: str) -> Any:
-    try:
-        return json.loads(read(path))
-    except (FileNotFoundError, NotADirectoryError):
-        raise
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} can't be read ({error}): {hint}") from None
 
 
 def _tuples(value: Any) -> Any:

@@ -142,6 +142,22 @@ def size_of(path: Path) -> int:
     return _tried(lambda: int(store.size(place)), path, "read")
 
 
+def version_of(path: Path) -> str:
+    """What tells a file of a store from any that was, or will be, written in its place.
+
+    Raises:
+        FileNotFoundError: there is none.
+        RunError: the store can't be asked.
+    """
+    store, place = _store(path)
+
+    def look() -> str:
+        store.invalidate_cache()
+        return str(store.ukey(place))
+
+    return _tried(look, path, "read")
+
+
 def write(path: Path, data: bytes | str) -> None:
     """Write a file that is either the old or the new one at any moment.
 

@@ -20,7 +20,8 @@ from webdataset import TarWriter
 from datamodules._samples import DatasetInfo, SampleError
 from tasks.run.errors import RunError
 from tasks.run.image import ImageResult
-from tasks.run.place import is_folder, publish, read_part, size_of
+from tasks.run.marker import TakenOver
+from tasks.run.place import is_folder, publish, read_part, remove, size_of
 from tasks.run.stored import ColumnTable
 
 STATE = "__shard__"
@@ -154,10 +155,17 @@ class OutputShard:
         layout: ``tar`` or ``files``.
         info: the data set, whose colours masks are written in.
         work: a folder of this machine, where it is until it is published; by default that of the run.
+        check: called before and after it is published; raises `TakenOver` where it must not be.
     """
 
     def __init__(
-        self, folder: Path, name: str, layout: str, info: DatasetInfo, work: Path | None = None
+        self,
+        folder: Path,
+        name: str,
+        layout: str,
+        info: DatasetInfo,
+        work: Path | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
         self.position = 0
@@ -165,6 +173,7 @@ class OutputShard:
         self.errors: list[SampleError] = []
         self.tables: dict[str, ColumnTable] = {}
         self.info = info
+        self.check = check
         self.final = folder / (f"{name}.tar" if layout == "tar" else name)
         self.partial = (work or folder) / f".{self.final.name}.{os.getpid()}.partial"
         self.tar: TarWriter | None = None
@@ -205,9 +214,15 @@ class OutputShard:
         """Give the shard its final name, with its tables, metric states and record inside."""
         try:
             self._finish(safetensors.torch.save(states))
+            self.check()
             publish(self.partial, self.final)
         except BaseException:
             self.abandon()
+            raise
+        try:
+            self.check()  # sending it may have taken minutes
+        except TakenOver:
+            remove(self.final)
             raise
 
     def _finish(self, states: bytes) -> None:

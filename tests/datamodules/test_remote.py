@@ -401,6 +401,8 @@ def test_a_protocol_that_nothing_opens_is_refused_at_once(monkeypatch):
         read("s3://bucket/a.tar")
     with pytest.raises(UserError, match="nothing here opens nonsense://"):
         read("nonsense://bucket/a.tar?s=SECRET")
+    with pytest.raises(UserError, match=r"names no tar: .* as memory://bucket/voc/\{000000"):
+        GCC3M("memory://bucket/voc/").shard_list()
     with pytest.raises(UserError, match="only tars are read"):
         read("https://127.0.0.1/a.jpg")
 

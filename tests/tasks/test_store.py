@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
 import boto3
@@ -205,6 +206,58 @@ def test_a_run_in_a_store_is_only_replaced_when_asked(store):
         begin(place.place_of("s3://bucket/theirs"))
 
 
+def test_runs_at_the_same_place_are_never_mixed(store):
+    url = place.place_of("s3://bucket/two")
+    with ExitStack() as runs:
+
+        def of(precision: str, overwrite: bool = True) -> Run:
+            run = begin(url, overwrite=overwrite, precision=precision)
+            runs.callback(run.close)
+            return run
+
+        first, same, other = of("32", False), of("32", False), of("16")
+        for job in (first, same):
+            with pytest.raises(
+                RunError, match=r"another run was begun .*\n  precision: '16' there"
+            ):
+                publish(job, "a")
+        publish(other, "a")
+
+        def late(app, environ, start_response):
+            publish(other, "b")
+            return app(environ, start_response)
+
+        store.faults["DELETE", "a.tar"] = [late]
+        again = of("32")
+        assert set(store.files("two")) == {"run.json"}
+
+        def overtaken(app, environ, start_response):
+            publish(of("8"), "b")
+            return app(environ, start_response)
+
+        publish(again, "a")
+        store.faults["PUT", "b.tar"] = [overtaken]
+        with pytest.raises(RunError, match="precision: '8' there"):
+            publish(again, "b")
+        assert set(store.files("two")) == {"run.json"}
+        with pytest.raises(RunError, match="precision: '8' there"):
+            again.summarise(Nothing())
+        store.client.delete_object(Bucket="bucket", Key="two/run.json")
+        with pytest.raises(RunError, match=r"run\.json was deleted"):
+            publish(again, "a")
+        assert not store.files("two")
+
+
+class Nothing:
+    """What measures nothing."""
+
+    def merge(self, states):
+        pass
+
+    def report(self):
+        return None
+
+
 def test_a_shard_that_is_lost_is_listed_until_it_is_done(store):
     from datamodules._samples import SampleError
     from tasks.run.summary import merge_shards, note_loss
@@ -214,10 +267,6 @@ def test_a_shard_that_is_lost_is_listed_until_it_is_done(store):
     publish(run, "b")
     run.close()
     note_loss(url, SampleError("a", "", "gone"))
-
-    class Nothing:
-        def merge(self, states):
-            pass
 
     assert merge_shards(url, ["a", "b"], Nothing(), {})["a"].reason == "gone"
     begin(url).close()
