@@ -92,7 +92,7 @@ def test_batches_of_256_under_the_usual_limit_of_open_files(tmp_path):
     fakes.fake_voc(tmp_path / "source")
     words = ["shards", "voc", "--source", str(tmp_path / "source"), "--split", "val"]
     assert main([*words, "--output", str(tmp_path / "once"), "--workers", "1"]) == 0
-    many = fakes.repeated(tmp_path / "once" / "000000.tar", tmp_path / "000000.tar", 700)
+    many = fakes.repeated(tmp_path / "once" / "000000.tar", tmp_path / "000000.tar", 400)
     data = VOC(str(many), batch_size=256, num_workers=4, image_size=8)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
@@ -100,7 +100,7 @@ def test_batches_of_256_under_the_usual_limit_of_open_files(tmp_path):
         batches = list(data.loader())
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert sum(len(batch.keys) for batch in batches) == 700 * len(fakes.SIZES)
+    assert sum(len(batch.keys) for batch in batches) == 400 * len(fakes.SIZES)
     assert all(sample.label is not None for batch in batches for sample in batch.samples)
 
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,27 +16,13 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from datamodules import GCC3M
-from datamodules._convert import Source, sample_members, write_shards
-from datamodules._samples import DatasetInfo
+from datamodules._convert import write_shards
 from tasks.__main__ import main
-from tests.datamodules.fakes import fake_coco, fake_voc, picture
+from tests.datamodules.fakes import fake_coco, fake_voc
+from tests.datamodules.toy import toy
 from tests.tasks.conftest import FOREVER, TINY
 
 ROOT = Path(__file__).parents[2]
-INFO = DatasetInfo("toy", ("cat", "dog"))
-
-
-def read(folder: Path, delay: float, name: str):
-    time.sleep(delay)
-    label = np.arange(16, dtype=np.uint8).reshape(4, 4) % 3
-    return sample_members(INFO, name, folder / f"{name}.png", label)
-
-
-def toy(folder: Path, count: int = 12, delay: float = 0.0) -> Source:
-    for i in range(count):
-        if not (folder / f"{i:03d}.png").exists():
-            picture(folder / f"{i:03d}.png", (4, 4))
-    return Source(INFO, "val", [f"{i:03d}" for i in range(count)], partial(read, folder, delay))
 
 
 def checksums(folder: Path):
@@ -51,7 +36,7 @@ def test_killed_in_the_middle_and_run_again(tmp_path):
     write_shards(toy(tmp_path / "in"), tmp_path / "whole", shard_size=3, workers=1)
     code = (
         "from pathlib import Path; from datamodules._convert import write_shards;"
-        "from tests.datamodules.test_conversion import toy;"
+        "from tests.datamodules.toy import toy;"
         f"p = Path({str(tmp_path)!r});"
         "write_shards(toy(p / 'in', delay=0.15), p / 'out', shard_size=3, workers=1)"
     )

@@ -12,7 +12,7 @@ from PIL import Image
 from datamodules._samples import SampleError
 from tasks.__main__ import main
 from tasks.run.tally import Tally
-from tests.tasks.conftest import add, members, same_results
+from tests.tasks.conftest import TINY, add, members, same_results
 
 
 def with_broken_sample(scenes: Path, folder: Path) -> Path:
@@ -47,7 +47,10 @@ def test_a_compiled_backbone_needs_a_compiler(command, tmp_path, monkeypatch, ca
     monkeypatch.setattr(config.cpp, "cxx", (None, "/nowhere/g++"))
     monkeypatch.setattr(config, "force_disable_caches", True)
     monkeypatch.setattr(config, "compile_threads", 1)  # else it starts processes for it
-    assert main(command(tmp_path / "run", "--model.backbone.compile=true")) == 1
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps({**TINY, "vision_cfg": {**TINY["vision_cfg"], "layers": 1}}))
+    words = (f"--model.backbone.model={small}", "--model.backbone.attention=raw")
+    assert main(command(tmp_path / "run", *words, "--model.backbone.compile=true")) == 1
     assert "--model.backbone.compile false needs none" in capsys.readouterr().err
 
 
