@@ -13,13 +13,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from common.nearest import nearest
-from datamodules._datamodule import ShardDataModule
-from surgery.sources import input_sizes
 from tasks._configs import (
     FOLDER,
     OWN_SIZE,
@@ -30,7 +28,9 @@ from tasks._configs import (
     parse_yaml,
     title,
 )
-from tasks._task import DEFAULT_BACKBONE
+
+if TYPE_CHECKING:
+    from datamodules._datamodule import ShardDataModule
 
 SETS: Mapping[tuple[str, bool], str] = {
     ("VOC", True): "voc21",
@@ -76,6 +76,8 @@ class Protocol:
 
     def fitted(self, model: str | None) -> dict[str, Any]:
         """The fields, with sizes that fit a tower where images are squashed anyway."""
+        from surgery.sources import input_sizes  # and with it torch
+
         fields = dict(self.fields)
         if self.drawn:
             fields["data.synonyms"] = "none"
@@ -189,6 +191,8 @@ def with_protocol(
     place = len(layers) if given["protocol"] else places[-1] if places else None
     if place is None or "protocol" not in signature(classes["model"]).parameters:
         return list(layers)
+    from tasks._task import DEFAULT_BACKBONE  # and with it Lightning
+
     name = parse_yaml(given["protocol"], "") if given["protocol"] else said[place]["protocol"]
     if name is None:
         return list(layers)
