@@ -256,14 +256,14 @@ def _tried(call: Callable[[], T], path: Path, done: str) -> T:
         except Exception as error:  # every store has its own
             if done == "read" and isinstance(error, FileNotFoundError):
                 raise
-            final = attempt == _RETRIES or isinstance(error, _FINAL)
             failed = without_query(f"{path} could not be {done} ({said_by(error)})")
-        if final:
-            break
-        log.warning(
-            "%s; trying again in %d s (%d of %d)", failed, 2**attempt, attempt + 1, _RETRIES
-        )
-        _pause(2**attempt)
+            if isinstance(error, _FINAL):
+                raise RunError(f"{failed}: check the address, and the credentials") from None
+        if attempt < _RETRIES:
+            log.warning(
+                "%s; trying again in %d s (%d of %d)", failed, 2**attempt, attempt + 1, _RETRIES
+            )
+            _pause(2**attempt)
     raise RunError(f"{failed}. Finished shards are kept: run the same command again to go on")
 
 
