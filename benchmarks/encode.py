@@ -35,7 +35,7 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from _timing import Timing, format_table, side_by_side, write_json
+from _timing import Timing, conclude, format_table, side_by_side
 from torch import Tensor
 
 import surgery
@@ -109,14 +109,12 @@ def main() -> int:
             work = flops(backbone, size)
             rates += [rate(setting, name, t, work, peaks) for name, t in taken.items()]
             del contestants
-    kernels = {} if args.accelerator == "gpu" else kernels_of(args.precisions)
-    print(f"\nseconds an image\n{format_table(rows)}\n\n{format_table(rates)}")
-    if args.output:
-        names = ("model", "recipe", "sizes", "precisions", "accelerator", "repeats")
-        settings = {name: getattr(args, name) for name in names}
-        found = {"table": rows, "rates": rates, "samples": samples, "kernels": kernels}
-        write_json(args.output, found, **settings)
-    return int(any(row["met"] is False for row in rows))
+    found: dict[str, Any] = {"rates": rates, "samples": samples}
+    if args.accelerator == "cpu":
+        found["kernels"] = kernels_of(args.precisions)
+    print(f"\n{format_table(rates)}\n\nseconds an image")
+    names = ("model", "recipe", "sizes", "precisions", "accelerator", "repeats")
+    return conclude(args, rows, names, found)
 
 
 def kernels_of(precisions: list[str]) -> dict[str, float]:
