@@ -41,6 +41,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 ReturnToService=2
+# Jobs that have ended can be asked for as long as anybody may wait for them.
+MinJobAge=3600
 MpiDefault=none
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE

@@ -6,8 +6,9 @@
 Sets up a cluster of two nodes on this machine (`_cluster.py`), draws scenes, explains them in one
 process, and then as jobs: on one node, on two, as an array, and disturbed by what schedulers do: the
 time limit with SIGUSR1, preemption with a grace time, signals for the script and for the tasks, an end
-for good. Whatever happened, every output shard and metrics.json must be byte-identical to the single
-process's.
+for good. Jobs that will be disturbed hold in the middle of a shard until then (`_held.py`), so that they
+are at work whatever else this machine does. Whatever happened, every output shard and metrics.json must
+be byte-identical to the single process's.
 Nothing here needs a GPU: the jobs ask the scheduler for some that the nodes only claim to have. Takes
 some minutes; no part of the tests.
 """
@@ -27,10 +28,11 @@ from pathlib import Path
 from _cluster import NODES, Cluster
 
 HERE = Path(__file__).resolve().parent
-SHARDS = 8
+SHARDS = 12
 SHARD_SIZE = 8
 LATEST = 600.0
 """Seconds after which a job should be done, on a busy machine."""
+ENDS = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"}
 
 
 class Trial:
@@ -55,32 +57,66 @@ class Trial:
             *("--trainer.enable_progress_bar=false", f"--writer.output={output}"),
         ]
 
-    def submit(self, name: str, script: str, *options: str, slow: bool = False) -> str:
-        """Begin a job, whose run and log are called ``name``."""
+    def submit(self, name: str, script: str, *options: str, hold: bool = False) -> str:
+        """Begin a job, whose run and log are called ``name``; `release` ends what holds it."""
         words = self._words(self.folder / name)
-        if slow:
-            words.append(f"--trainer.callbacks={json.dumps([{'class_path': '_slowly.Slowly'}])}")
+        if hold:
+            held = {"class_path": "_held.Held", "init_args": {"until": str(self._release(name))}}
+            words.append(f"--trainer.callbacks={json.dumps([held])}")
         log = self.folder / f"{name}.log"
         return self.cluster.submit(HERE / f"{script}.sbatch", options, words, log)
+
+    def _release(self, name: str) -> Path:
+        return self.folder / f"{name}.release"
+
+    def release(self, name: str) -> None:
+        """Hold a job's processes no longer."""
+        self._release(name).touch()
+
+    def at_work(self, name: str, job: str, processes: int) -> None:
+        """Wait until a held job has a finished shard of each of its processes."""
+        first = f"a first shard of each of {processes} processes"
+        self.wait(f"{name}, {first}", lambda: self.finished(name) >= processes, job)
+        if self.cluster.restarts(job):
+            raise RuntimeError(f"{name} was put back before it had {first}")
 
     def finished(self, name: str) -> int:
         """Shards of a run that are there."""
         return len(list((self.folder / name).glob("*.tar")))
 
-    def wait(self, what: str, reached: Callable[[], bool], limit: float = LATEST) -> None:
-        """Wait until something is so; what is said if it takes too long."""
+    def over(self, job: str) -> bool:
+        """Whether a job, or all of an array, have ended."""
+        return set(self.cluster.states(job)) <= ENDS
+
+    def wait(
+        self, what: str, reached: Callable[[], bool], job: str = "", limit: float = LATEST
+    ) -> None:
+        """Wait until something is so.
+
+        Args:
+            what: is waited for.
+            reached: whether it is so.
+            job: whose end makes it impossible.
+            limit: in seconds.
+
+        Raises:
+            RuntimeError: the job has ended.
+            TimeoutError: it takes too long.
+        """
         until = time.monotonic() + limit
         while not reached():
+            if job and self.over(job) and not reached():
+                states = ", ".join(self.cluster.states(job))
+                raise RuntimeError(f"{what}: the job ended before, as {states}")
             if time.monotonic() > until:
                 raise TimeoutError(f"{what}: not within {limit:.0f} s")
             time.sleep(0.5)
 
     def complete(self, name: str, job: str, *, restarts: int) -> list[str]:
         """Wait for the end of a job; what is wrong with it, or with what it made."""
-        over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
-        self.wait(name, lambda: set(self.cluster.states(job)) <= over)
+        self.wait(name, lambda: self.over(job))
         faults = [f"ended as {s}" for s in self.cluster.states(job) if s != "COMPLETED"]
-        if (found := self.cluster.restarts(job)) < restarts:
+        if (found := self.cluster.restarts(job)) != restarts:
             faults.append(f"put back {found} times, not {restarts}")
         return faults + self.differences(name)
 
@@ -121,21 +157,37 @@ def array(trial: Trial) -> list[str]:
 
 
 def disturbed(
-    trial: Trial, name: str, script: str, blow: Callable[[str], object], *options: str
+    trial: Trial,
+    name: str,
+    script: str,
+    blow: Callable[[str], object],
+    *options: str,
+    processes: int,
+    jobs: int = 1,
 ) -> list[str]:
-    """A job that something happens to once it has finished a shard: it is put back, and goes on."""
-    job = trial.submit(name, script, *options, slow=True)
-    trial.wait(f"{name}, a first shard", lambda: trial.finished(name) > 0)
+    """A job that something happens to while it is at work: it is put back, and goes on.
+
+    Args:
+        trial: of the cluster.
+        name: of the run.
+        script: the batch script.
+        blow: what happens to the job of this number.
+        options: of sbatch.
+        processes: of the job, each of which finishes a shard first.
+        jobs: of an array, that are to be put back.
+    """
+    job = trial.submit(name, script, *options, hold=True)
+    trial.at_work(name, job, processes)
     blow(job)
-    trial.wait(f"{name}, put back", lambda: trial.cluster.restarts(job) > 0)
-    early = [] if trial.finished(name) < SHARDS else ["done before it was disturbed"]
-    return trial.complete(name, job, restarts=1) + early
+    trial.wait(f"{name}, put back", lambda: trial.cluster.restarts(job) >= jobs, job)
+    trial.release(name)
+    return trial.complete(name, job, restarts=jobs)
 
 
 def time_limit(trial: Trial) -> list[str]:
-    """SIGUSR1 for the script some time before the limit."""
-    options = (*TWO, "--time=1", "--signal=B:USR1@30")
-    return disturbed(trial, "time_limit", "one_node", lambda job: None, *options)
+    """SIGUSR1 for the script before the limit: SLURM sends it up to a minute earlier than told."""
+    options = (*TWO, "--time=4", "--signal=B:USR1@60")
+    return disturbed(trial, "time_limit", "one_node", lambda job: None, *options, processes=2)
 
 
 def signal_for_the_script(trial: Trial) -> list[str]:
@@ -144,7 +196,7 @@ def signal_for_the_script(trial: Trial) -> list[str]:
     def blow(job: str) -> None:
         trial.cluster.call("scancel", "--batch", "--signal=USR1", job)
 
-    return disturbed(trial, "signal_for_the_script", "several_nodes", blow, *TWO)
+    return disturbed(trial, "signal_for_the_script", "several_nodes", blow, *TWO, processes=4)
 
 
 def signal_for_the_tasks(trial: Trial) -> list[str]:
@@ -153,7 +205,7 @@ def signal_for_the_tasks(trial: Trial) -> list[str]:
     def blow(job: str) -> None:
         trial.cluster.call("scancel", "--signal=TERM", job)
 
-    return disturbed(trial, "signal_for_the_tasks", "several_nodes", blow, *TWO)
+    return disturbed(trial, "signal_for_the_tasks", "several_nodes", blow, *TWO, processes=4)
 
 
 def signal_for_an_array(trial: Trial) -> list[str]:
@@ -162,7 +214,7 @@ def signal_for_an_array(trial: Trial) -> list[str]:
     def blow(job: str) -> None:
         trial.cluster.call("scancel", "--batch", "--signal=USR1", f"{job}_1")
 
-    return disturbed(trial, "signal_for_an_array", "array", blow, "--array=0-2")
+    return disturbed(trial, "signal_for_an_array", "array", blow, "--array=0-2", processes=3)
 
 
 def requeued(trial: Trial) -> list[str]:
@@ -171,7 +223,7 @@ def requeued(trial: Trial) -> list[str]:
     def blow(job: str) -> None:
         trial.cluster.call("scontrol", "requeue", job)
 
-    return disturbed(trial, "requeued", "one_node", blow, *TWO)
+    return disturbed(trial, "requeued", "one_node", blow, *TWO, processes=2)
 
 
 def _preempt(trial: Trial) -> None:
@@ -182,21 +234,30 @@ def _preempt(trial: Trial) -> None:
 
 def preempted(trial: Trial) -> list[str]:
     """A job of a higher partition wants both nodes; the tasks have a grace time."""
-    return disturbed(trial, "preempted", "several_nodes", lambda job: _preempt(trial), *TWO)
+
+    def blow(job: str) -> None:
+        _preempt(trial)
+
+    return disturbed(trial, "preempted", "several_nodes", blow, *TWO, processes=4)
 
 
 def preempted_array(trial: Trial) -> list[str]:
-    """The same for independent jobs."""
-    return disturbed(trial, "preempted_array", "array", lambda job: _preempt(trial), "--array=0-2")
+    """The same for independent jobs, which are all put back."""
+
+    def blow(job: str) -> None:
+        _preempt(trial)
+
+    name = "preempted_array"
+    return disturbed(trial, name, "array", blow, "--array=0-2", processes=3, jobs=3)
 
 
 def ended_for_good(trial: Trial) -> list[str]:
     """scancel without a signal: not put back, nothing left behind; the same job goes on later."""
     name = "ended_for_good"
-    job = trial.submit(name, "one_node", *TWO, slow=True)
-    trial.wait(f"{name}, a first shard", lambda: trial.finished(name) > 0)
+    job = trial.submit(name, "one_node", *TWO, hold=True)
+    trial.at_work(name, job, 2)
     trial.cluster.call("scancel", job)
-    trial.wait(name, lambda: trial.cluster.states(job) == ["CANCELLED"], 60)
+    trial.wait(name, lambda: trial.cluster.states(job) == ["CANCELLED"], limit=60)
     faults = ["put back"] if trial.cluster.restarts(job) else []
     return faults + trial.complete(name, trial.submit(name, "one_node", *TWO), restarts=0)
 
@@ -225,7 +286,7 @@ def main() -> int:
     args = parser.parse_args()
     if unknown := set(args.cases) - set(names):
         parser.error(f"no case {', '.join(unknown)}; there are {', '.join(names)}")
-    # Names of nodes that no name service knows, one thread a process, and `_slowly` for the jobs.
+    # Names of nodes that no name service knows, one thread a process, and `_held` for the jobs.
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     failed = 0
     with tempfile.TemporaryDirectory(prefix="slurm_") as temporary:
