@@ -153,7 +153,12 @@ def _reason(rank: int, code: int) -> BaseException:
     }
     if code in stops:
         return signals.Stopped(stops[code])
-    how = f"ended with exit code {code}" if code > 0 else f"died of {signal.Signals(-code).name}"
+    if code > 0:
+        return UserError(
+            f"process {rank} of the run ended with exit code {code}, for the reason that it gave. "
+            "Finished shards are kept"
+        )
+    how = f"died of {signal.Signals(-code).name}"
     memory = ", often for lack of memory" if code == -getattr(signal, "SIGKILL", 9) else ""
     return UserError(
         f"process {rank} of the run {how}{memory}. Finished shards are kept: run the same command "

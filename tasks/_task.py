@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -24,6 +25,7 @@ from tasks import TASKS
 from tasks._draw import LOOK, Look
 from tasks._text_features import read_text_features
 from tasks.measures import Measures
+from tasks.run.processes import shared_counts
 
 _GATHERING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -139,11 +141,13 @@ class Task(LightningModule):
         batch = self.datamodule.batch_size if compiled else None
         self.backbone = load_backbone(**options, static_batch=batch)
         check_towers(self.methods, self.backbone)
+        counts = shared_counts(self.trainer)
         self.datamodule.wanted = replace(
             self.datamodule.wanted,
             image_size=self.backbone.image_size,
             patch_size=self.backbone.patch_size,
             originals=self.wants_originals,
+            counter=counts and partial(counts, "shards"),
         )
         self.measures = self.new_measures()
         self.configure_texts()

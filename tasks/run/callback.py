@@ -35,7 +35,7 @@ from tasks.run.folder import Run
 from tasks.run.image import ImageResult
 from tasks.run.memory import peak, reset_peak
 from tasks.run.place import files_in, in_store, place_of
-from tasks.run.processes import Processes
+from tasks.run.processes import Processes, shared_counts
 from tasks.run.shard import OutputShard, ShardRecord, find_shards, load_states
 from tasks.run.summary import Published, note_loss
 from tasks.run.tally import Tally
@@ -73,7 +73,8 @@ class ResultWriter(BasePredictionWriter):
     """What is written to; there from `setup` on."""
 
     tally: Tally
-    """Samples and shards of this process; at the end, on rank 0, of the whole job."""
+    """Samples and shards of the job, of all its processes: as of this one's last shard; at the end, on
+    rank 0, of all that there is."""
 
     def __init__(
         self,
@@ -120,7 +121,6 @@ class ResultWriter(BasePredictionWriter):
         task.draws, task.look = bool(self.overlays), self.look
         data = task.datamodule
         self._mine = [name for name, _ in data.part_list()]
-        self.tally = Tally(data.max_error_rate, len(self._mine))
         if trainer.is_global_zero:
             self.run = Run.open(
                 self.output,
@@ -144,9 +144,9 @@ class ResultWriter(BasePredictionWriter):
         described, finished = trainer.strategy.broadcast(opened, src=0)
         if not trainer.is_global_zero:
             self.run = Run(self.output, described)
-        data.wanted = replace(
-            data.wanted, finished=frozenset(finished), counter=self._processes.counter()
-        )
+        data.wanted = replace(data.wanted, finished=frozenset(finished))
+        self.tally = Tally(data.max_error_rate, len(self._mine), shared_counts(trainer))
+        self.tally.resume(self.run.records)
 
     def _describe(self, task: Task) -> dict[str, Any]:
         """What ``run.json`` holds, as far as it is known before the weights are loaded."""
@@ -213,8 +213,7 @@ class ResultWriter(BasePredictionWriter):
         signals.check()  # a shard that is whole by now is published even so
         if batch.last and (reason := self.tally.too_much()):
             self._thread.finish()
-            if trainer.is_global_zero:
-                self.run.summarise(task.new_measures())
+            self.run.summarise(task.new_measures())
             raise RunError(f"{reason}; finished shards and errors.jsonl are in {self.output}")
 
     def _write(self, task: Task, prediction: Sequence[ImageResult], batch: Batch) -> None:

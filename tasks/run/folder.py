@@ -50,6 +50,7 @@ class Run:
         # As it will be read again: lists, not tuples.
         self.described: dict[str, Any] = json.loads(json.dumps(described))
         self.finished: list[str] = []
+        self.records: list[ShardRecord] = []
         self._overwrite = False
         self._lock: FolderLock | None = None
         self._work: SpoolFolder | None = None
@@ -217,7 +218,8 @@ class Run:
             overwrite: replace an earlier run, of whatever settings, once this one is accepted.
 
         Returns:
-            The run, with ``finished`` filled in: those of ``mine``. `close` leaves the folder to others.
+            The run, with ``finished`` filled in: those of ``mine``; and ``records``, what these say of
+            themselves, of which none is read in a store. `close` leaves the folder to others.
 
         Raises:
             RunError: the folder holds other things, is in use, or another run's.
@@ -350,7 +352,7 @@ class Run:
                 continue
             try:
                 if not in_store(self.folder):  # which has them whole, or not at all
-                    ShardRecord.load(places[name])
+                    self.records.append(ShardRecord.load(places[name]))
             except RunError as error:
                 log.warning("%s; this shard is done again", str(error).rsplit(":", 1)[0])
             else:

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -112,23 +113,29 @@ class Processes:
             time.sleep(_LOOK)
         raise _broke_off(broken)
 
-    def counter(self) -> Callable[[int], int] | None:
-        """What adds to a number that all processes share, 0 at first, and returns it, from any thread.
 
-        It is kept in the group's store, so it ends with these processes. None if there is only one.
-        """
-        if self.group is None:
-            return None
-        store = dist.distributed_c10d._get_process_group_store(self.group)
+def shared_counts(trainer: Trainer) -> Callable[[str, int], int] | None:
+    """What adds to a number that all processes share, 0 at first, and returns it, from any thread.
 
-        def add(amount: int) -> int:
-            try:
-                return store.add("counter", amount)
-            except RuntimeError as error:  # of a connection that was closed
-                time.sleep(_ECHO * _LOOK)  # a stop of the main thread wins over what it causes
-                raise _broke_off(str(error)[:200]) from None
+    The numbers have names. They are kept in the store by which the processes found each other, and are
+    new ones with each call, which all processes make.
 
-        return add
+    Returns:
+        None if there is only one process.
+    """
+    if trainer.world_size == 1:
+        return None
+    these = trainer.strategy.broadcast(uuid.uuid4().hex, src=0)
+    store = dist.distributed_c10d._get_default_store()
+
+    def add(number: str, amount: int) -> int:
+        try:
+            return store.add(f"{these}/{number}", amount)
+        except RuntimeError as error:  # of a connection that was closed
+            time.sleep(_ECHO * _LOOK)  # a stop of the main thread wins over what it causes
+            raise _broke_off(str(error)[:200]) from None
+
+    return add
 
 
 def _broke_off(how: str) -> RunError:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Sequence
+
 from datamodules._samples import SampleError
+from tasks.run.shard import ShardRecord
 
 FEWEST = 1000
 """Of fewer samples or shards than this, a share means nothing: one bad photo of five is no disaster."""
@@ -20,34 +24,53 @@ class Tally:
     Args:
         limit: ``--data.max_error_rate``, a share in [0, 1].
         shards: how many there are to do.
+        shared: adds to a number of all processes of the job, by name, and returns it, so that they count
+            as one; by default this process counts alone.
     """
 
-    def __init__(self, limit: float, shards: int) -> None:
+    def __init__(
+        self, limit: float, shards: int, shared: Callable[[str, int], int] | None = None
+    ) -> None:
         self.limit = limit
         self.shards = shards
+        self._total = shared or _count_alone()
         self.done = 0
         self.images = 0
         self.bad = 0
-        self.lost: list[SampleError] = []
+        self.lost: list[SampleError] = []  # by this process
+        self._lost = 0  # by all
+
+    def resume(self, records: Sequence[ShardRecord]) -> None:
+        """Count shards that were finished before this job, so that it stops where one job would."""
+        if records:
+            self.done += len(records)
+            self._add(sum(r.images for r in records), sum(len(r.errors) for r in records))
 
     def add(self, images: int, bad: int) -> None:
         """Count a finished shard: its usable and its bad samples."""
         self.done += 1
-        self.images += images
-        self.bad += bad
+        self._add(images, bad)
+
+    def _add(self, images: int, bad: int) -> None:
+        # Other processes count at the same time. All count their samples before the bad ones of them, and
+        # look at these first: so nobody sees bad samples without those that they are a share of.
+        self._total("samples", images + bad)
+        self.bad = self._total("bad", bad)
+        self.images = self._total("samples", 0) - self.bad
 
     def lose(self, error: SampleError) -> None:
         """Count a shard that can't be read."""
         self.lost.append(error)
+        self._lost = self._total("lost", 1)
 
     def too_much(self) -> str:
         """Why the run should stop now; empty if it need not."""
         seen = self.images + self.bad
         if self.bad > self._allowed(seen):
             return f"{self.bad} of {seen} samples are bad, {self._more(seen, 'samples')}"
-        if len(self.lost) > self._allowed(self.shards):
+        if self._lost > self._allowed(self.shards):
             return (
-                f"{len(self.lost)} of {self.shards} shards can't be read, "
+                f"{self._lost} of {self.shards} shards can't be read, "
                 f"{self._more(self.shards, 'shards')} (the last is {_named(self.lost[-1:])})"
             )
         return ""
@@ -83,6 +106,16 @@ class Tally:
             f"more than --data.max_error_rate {self.limit:g} allows: {int(self._allowed(count))} {what}"
             f"{_of_fewest(count)}"
         )
+
+
+def _count_alone() -> Callable[[str, int], int]:
+    numbers: Counter[str] = Counter()
+
+    def add(name: str, amount: int) -> int:
+        numbers[name] += amount
+        return numbers[name]
+
+    return add
 
 
 def _of_fewest(count: int) -> str:

@@ -132,6 +132,18 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
+def with_broken_sample(scenes: Path, folder: Path, *more: str) -> Path:
+    """The scenes with the second picture of the first shard, and more of others, cut in half."""
+    shutil.copytree(scenes, folder)
+    broken = {"000000": "00000001", **{shard: f"{6 * int(shard):08d}" for shard in more}}
+    for shard, key in broken.items():
+        found = members(scenes / f"{shard}.tar")
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for name, data in found.items():
+                add(tar, name, data[: len(data) // 2] if name == f"{key}.png" else data)
+    return folder
+
+
 def same_results(one: Path, other: Path) -> bool:
     """Whether two runs have byte-identical shards and metrics."""
     names = sorted(p.name for p in one.glob("*.tar"))

@@ -8,13 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from datamodules import Shapes
+from tasks import Explainability
 from tasks.__main__ import main
+from tasks._task import BackboneConfig
 from tasks.run import processes
-from tests.tasks.conftest import FOREVER, same_results
+from tests.tasks.conftest import FOREVER, same_results, with_broken_sample
 from tests.tasks.processes import alive, devices, local_rank, slowly, start, wait_for
 
 
@@ -33,6 +37,77 @@ def test_several_processes_give_the_same_files(finished, command, tmp_path):
     assert re.search(r"process 0 of 2: \d+ images, .* [234] of 4 shards begun", done.stderr)
     (job,) = map(json.loads, (tmp_path / "run" / "jobs.jsonl").read_text().splitlines())
     assert (job["images"], job["processes"]) == (20, 2)
+
+
+def test_shards_are_handed_out_without_a_writer_too(tiny, scenes, monkeypatch):
+    """As in a `trainer.predict` of one's own; two processes, here one after the other."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+
+    def broadcast(found, src):
+        return "the first one's name" if isinstance(found, str) else found
+
+    strategy = SimpleNamespace(root_device=torch.device("cpu"), broadcast=broadcast)
+    read = []
+    for rank in (1, 0):
+        data = Shapes(str(scenes), num_workers=0)
+        trainer = SimpleNamespace(
+            global_rank=rank, world_size=2, num_devices=2, strategy=strategy, datamodule=data
+        )
+        trainer.is_global_zero = True  # has the texts
+        task = Explainability(BackboneConfig(str(tiny), None))
+        data.trainer = task.trainer = trainer
+        task.setup("predict")
+        read.append([batch.shard for batch in data.loader() if batch.last])
+        data.teardown("predict")
+    assert read == [["000001", "000002", "000003"], ["000000"]]
+
+
+LATE = """
+import time
+from pathlib import Path
+from lightning.pytorch import Callback
+from common import signals
+
+class Late(Callback):
+    'Keeps the last two shards until the first two are done, and the run has had time to stop.'
+
+    def __init__(self, run: str) -> None:
+        self.first = [Path(run) / f'00000{number}.tar' for number in (0, 1)]
+
+    def on_predict_batch_start(self, trainer, module, batch, *_):
+        while batch.shard > '000001' and not all(path.exists() for path in self.first):
+            time.sleep(0.05)
+            signals.check()
+        until = time.monotonic() + 30
+        while batch.shard > '000001' and time.monotonic() < until:
+            time.sleep(0.05)
+            signals.check()
+"""
+
+
+@pytest.mark.processes
+def test_bad_samples_of_all_processes_are_counted_together(scenes, command, tmp_path):
+    folder = with_broken_sample(scenes, tmp_path / "shards", "000001")
+    run = tmp_path / "run"
+    (tmp_path / "late.py").write_text(LATE)
+    late = json.dumps([{"class_path": "late.Late", "init_args": {"run": str(run)}}])
+    words = command(run, f"--data.shards={folder}", "--data.max_error_rate=0.001")
+    words += [*devices(2), f"--trainer.callbacks={late}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tasks", *words],
+        timeout=FOREVER,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "2 of 12 samples are bad, more than --data.max_error_rate 0.001 allows" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not {"000002.tar", "000003.tar"} & {path.name for path in run.iterdir()}
+    assert (
+        run / "errors.jsonl"
+    ).read_text()  # whichever process it was that counted the second one
 
 
 @pytest.mark.processes

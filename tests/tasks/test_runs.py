@@ -12,17 +12,7 @@ from PIL import Image
 from datamodules._samples import SampleError
 from tasks.__main__ import main
 from tasks.run.tally import Tally
-from tests.tasks.conftest import TINY, add, members, same_results
-
-
-def with_broken_sample(scenes: Path, folder: Path) -> Path:
-    """The scenes with the second picture of the first shard cut in half."""
-    shutil.copytree(scenes, folder)
-    found = members(scenes / "000000.tar")
-    with tarfile.open(folder / "000000.tar", "w") as tar:
-        for name, data in found.items():
-            add(tar, name, data[: len(data) // 2] if name == "00000001.png" else data)
-    return folder
+from tests.tasks.conftest import TINY, add, same_results, with_broken_sample
 
 
 def test_a_run_goes_on_with_what_is_missing(finished, predict, tmp_path):
@@ -242,6 +232,11 @@ def test_too_many_bad_samples_stop_the_run(scenes, command, tmp_path, capsys):
     assert "max_error_rate" in capsys.readouterr().err
     assert [p.name for p in run.glob("*.tar")] == ["000000.tar"]
     assert len((run / "errors.jsonl").read_text().splitlines()) == 1
+    # What an earlier job found counts on: a run stops in the same way however often it is started.
+    assert main(command(run, f"--data.shards={folder}", "--data.max_error_rate=0.0001")) == 1
+    assert "1 of 12 samples are bad" in capsys.readouterr().err
+    assert sorted(p.name for p in run.glob("*.tar")) == ["000000.tar", "000001.tar"]
+    assert main(command(run, f"--data.shards={folder}")) == 0
 
 
 def test_a_cut_shard_is_not_published_as_if_complete(scenes, predict, command, tmp_path, capsys):
