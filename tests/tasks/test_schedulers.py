@@ -6,6 +6,7 @@ Under a real SLURM they are run by `tools/slurm/try_scripts.py`.
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -68,27 +69,32 @@ def test_sigusr1_for_the_script_stops_the_run(script, programs):
     assert slurm(script, "demo.yaml") == (143, "stopped\nrequeue\n")
 
 
+@pytest.fixture(scope="module")
+def job() -> dict[str, Any]:
+    """The Kubernetes job."""
+    return yaml.safe_load((TOOLS / "kubernetes" / "indexed_job.yaml").read_text())
+
+
 def test_the_parts_of_a_kubernetes_job_make_the_run(
-    finished, scenes, tiny, programs, tmp_path, monkeypatch
+    job, finished, scenes, tiny, programs, tmp_path
 ):
-    job = yaml.safe_load((TOOLS / "kubernetes" / "indexed_job.yaml").read_text())
     assert (job["kind"], job["spec"]["completionMode"]) == ("Job", "Indexed")
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    env = {entry["name"]: entry["value"] for entry in container["env"]}
+    env = {entry["name"]: entry.get("value") for entry in container["env"]}
     assert env["PARTS"] == str(job["spec"]["completions"])
     config = tmp_path / "config.yaml"
     backbone = {"model": str(tiny), "pretrained": None}
-    fields = {"num_workers": 0, "batch_size": 4}
     config.write_text(
         yaml.safe_dump(
             {
                 "model": {"class_path": "Explainability", "init_args": {"backbone": backbone}},
-                "data": {"class_path": "Shapes", "init_args": fields},
+                "data": {"class_path": "Shapes", "init_args": {"batch_size": 4}},
             }
         )
     )
     here = {"CONFIG": config, "SHARDS": scenes, "OUTPUT": tmp_path / "run"}
-    env |= {name: str(path) for name, path in here.items()} | {"ACCELERATOR": "cpu", "PARTS": "2"}
+    env |= {name: str(path) for name, path in here.items()}
+    env |= {"ACCELERATOR": "cpu", "PRECISION": "32-true", "PARTS": "2", "CPUS": "0"}
     programs("lightning", "printf '%s\\n' \"$@\"")
     for index in range(2):
         words = subprocess.run(
@@ -100,3 +106,28 @@ def test_the_parts_of_a_kubernetes_job_make_the_run(
         ).stdout.splitlines()
         assert main(words) == 0
     assert same_results(finished, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("code", "disrupted", "action"),
+    [
+        (143, False, "Ignore"),  # SIGTERM: finished shards are kept, another pod goes on
+        (137, True, "Ignore"),  # killed on a node that was taken away
+        (2, False, "FailJob"),
+        (1, False, "Count"),
+        (137, False, "Count"),  # for lack of memory
+    ],
+)
+def test_what_kubernetes_makes_of_exit_codes(job, code, disrupted, action):
+    pod = job["spec"]["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"  # else there is no policy
+    actions = ["Count"]
+    for rule in reversed(job["spec"]["podFailurePolicy"]["rules"]):
+        conditions = rule.get("onPodConditions", [])
+        of_codes = rule.get("onExitCodes", {"values": []})
+        assert of_codes.get("containerName", "predict") == pod["containers"][0]["name"]
+        if code in of_codes["values"] or (
+            disrupted and {"type": "DisruptionTarget", "status": "True"} in conditions
+        ):
+            actions.append(rule["action"])
+    assert actions[-1] == action  # of the first rule that fits
