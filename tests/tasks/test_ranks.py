@@ -105,9 +105,7 @@ def test_bad_samples_of_all_processes_are_counted_together(scenes, command, tmp_
     assert "2 of 12 samples are bad, more than --data.max_error_rate 0.001 allows" in done.stderr
     assert "Traceback" not in done.stderr
     assert not {"000002.tar", "000003.tar"} & {path.name for path in run.iterdir()}
-    assert (
-        run / "errors.jsonl"
-    ).read_text()  # whichever process it was that counted the second one
+    assert (run / "errors.jsonl").read_text()  # whichever process counted the second one
 
 
 @pytest.mark.processes

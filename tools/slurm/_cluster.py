@@ -9,7 +9,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "sinfo")
@@ -107,10 +108,14 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         if (self.folder / "slurmctld.pid").exists():
             self.call("scancel", f"--user={os.getuid()}", check=False)
+            # Daemons that are told to end in the middle of a job leave its processes behind.
+            self._wait(lambda: not self.call("squeue", "--noheader", check=False))
         for name in (*(f"slurmd.{node}" for node in NODES), "slurmctld", "munged"):
             path = self.folder / f"{name}.pid"
             if path.exists():
-                os.kill(int(path.read_text()), signal.SIGTERM)
+                process = int(path.read_text())
+                os.kill(process, signal.SIGTERM)
+                self._wait(partial(_is_gone, process))
 
     def call(self, *words: str, check: bool = True) -> str:
         """What a command of SLURM's prints."""
@@ -147,14 +152,27 @@ class Cluster:
         if done.returncode:
             raise SystemExit(f"{words[0]} did not start: {log.read_text()[-2000:]}")
 
-    def _wait_for_nodes(self, limit: float = 30) -> None:
+    def _wait_for_nodes(self) -> None:
+        words = ("sinfo", "--Node", "--noheader", "--format=%T")
+        if not self._wait(lambda: set(self.call(*words, check=False).split()) == {"idle"}):
+            raise SystemExit(f"the nodes did not come up, see {self.folder}/*.log")
+
+    def _wait(self, reached: Callable[[], bool], limit: float = 60) -> bool:
+        """Whether something came to be so, within some seconds."""
         until = time.monotonic() + limit
-        while time.monotonic() < until:
-            words = ("sinfo", "--Node", "--noheader", "--format=%T")
-            if set(self.call(*words, check=False).split()) == {"idle"}:
-                return
-            time.sleep(0.5)
-        raise SystemExit(f"the nodes did not come up, see {self.folder}/*.log")
+        while not reached():
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.2)
+        return True
+
+
+def _is_gone(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state == "Z"  # not every machine's first process looks after those that have ended
 
 
 def _free_ports(count: int) -> list[int]:
