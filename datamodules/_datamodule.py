@@ -63,8 +63,8 @@ class ShardDataModule(LightningDataModule):
         background: whether the background is a class of its own in segmentation; by default as
             usual for the data set.
         on_error: ``skip`` lists a bad sample in ``errors.jsonl`` and goes on, ``raise`` stops.
-        max_error_rate: share of bad samples, of all those seen so far, above which a run stops at
-            the end of a shard; of 1,000 if fewer were seen.
+        max_error_rate: share of bad samples, of all those seen so far by all processes, above which a
+            run stops at the end of a shard; of 1,000 if fewer were seen.
         max_pixels: pictures with more pixels are bad samples; they are not unpacked.
         timeout: seconds without a byte after which a shard that is being fetched is tried again, and
             at last given up; a run whose loader workers bring neither a byte nor a batch for ten

@@ -111,6 +111,9 @@ def run_or_check(words, needs):
         script = next(word for word in rest if not word.startswith("-"))
         assert needs
         assert rest[0] == "-m" or (ROOT / script).is_file(), script
+    elif program == "torchrun":
+        assert needs
+        check(rest[rest.index("lightning") + 1 :])
     elif program == "tar":
         assert subprocess.run(words, capture_output=True, check=True).stdout
     else:
