@@ -20,7 +20,7 @@ from tasks.run.meaning import MEANINGS, meaning_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
-    ROOT / "README.md",  # first: it makes the run that others look at
+    ROOT / "README.md",
     *sorted((ROOT / "docs").glob("**/*.md")),
     *(ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"),
     *(ROOT / folder / "README.md" for folder in ("configs", "results", "benchmarks")),
@@ -34,7 +34,6 @@ ELSEWHERE = {"python3", "pip", "pre-commit", "pytest", "ruff", "mypy", "mkdocs",
 
 SMALL = {
     "predict": ["--data.num_workers=0", "--trainer.enable_progress_bar=false"],
-    "demo.yaml": ["--data.scenes=4"],
     "reproduce": ["--data.num_workers=0", "--trainer.enable_progress_bar=false"],
     "shards shapes": ["--workers=1"],
     "shards verify": ["--workers=1"],
@@ -59,6 +58,16 @@ def commands(text):
                 yield words
 
 
+DEMO = ["predict", "--config", "demo.yaml"]
+SEGMENTED = [*DEMO, "--model", "Segmentation", "--writer.output"]
+RUNS = {
+    "runs/demo": DEMO,
+    "runs/surgery": [*SEGMENTED, "runs/surgery"],
+    "runs/plain": [*SEGMENTED, "runs/plain", "--model.backbone.attention", "raw"],
+}
+"""Runs that pages look at which another page made: its name -> how."""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where all pages' blocks run, one after another."""
@@ -66,6 +75,10 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLIP_SURGERY_CACHE", str(place / "cache"))
         patch.chdir(place)
+        scenes = (
+            "--count 4 --shard-size 4 --seed 2026 --output shards/shapes"  # what is there is read
+        )
+        assert main(["shards", "shapes", "--workers", "1", *scenes.split()]) == 0
         Image.new("RGB", (60, 40), "red").save("cat.jpg")
         yield place
 
@@ -106,6 +119,9 @@ def run_or_check(words, needs):
     """Run one command of a block, or check it where it needs what isn't here."""
     program, *rest = words
     if program == "lightning":
+        for name in RUNS.keys() & set(rest[1:]) if rest[0] != "predict" else ():
+            if not Path(name).exists():
+                run(RUNS[name])
         (check if needs else run)(rest)
     elif program in ("sbatch", "python"):
         script = next(word for word in rest if not word.startswith("-"))
