@@ -143,7 +143,9 @@ def make_task(name: str, folder: Path, **settings: Any) -> Task:
     os.environ.setdefault("CLIP_SURGERY_CACHE", str(folder / "cache"))
     task = TASKS[name](BackboneConfig(str(config), None), **settings)
     strategy = SimpleNamespace(root_device=CPU, broadcast=lambda found, src: found)
-    trainer = SimpleNamespace(datamodule=Shapes("none"), strategy=strategy, is_global_zero=True)
+    trainer = SimpleNamespace(
+        datamodule=Shapes("none"), strategy=strategy, is_global_zero=True, world_size=1
+    )
     task._trainer = trainer  # type: ignore[assignment]  # a stand-in
     task.setup("predict")
     return task
