@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
-from functools import cache
+from threading import Lock
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,8 @@ def softmax_attention(
     Intel's MKL, which has fast products of 16 bits for Intel's processors only, while oneDNN, behind
     torch's other products, has them for AMD's with AVX-512 as well. So two products and a softmax take
     its place where they were faster in a measurement, see `by_products`; they round the logits to 16
-    bits, as open_clip's own attention does on CPUs. Where gradients are recorded it is always the fused
-    kernel.
+    bits, as open_clip's own attention does on CPUs. Where gradients are recorded, and in a compiled
+    network (in which the products of all images would be unrolled), it is always the fused kernel.
 
     Args:
         q: [B, heads, M, d_head].
@@ -48,6 +48,7 @@ def softmax_attention(
         and q.dtype in (torch.bfloat16, torch.float16)
         and min(q.shape[-2], k.shape[-2]) >= MANY_KEYS
         and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
         and by_products(q.dtype)
     ):
         return products(q, k, v, mask, scale=scale)
@@ -63,7 +64,7 @@ def products(
     mask = q.new_zeros(()) if mask is None else mask
     mask = mask.expand(images, heads, asking, k.shape[-2])
     output = q.new_empty(images, heads, asking, v.shape[-1])
-    step = max(1, ROOM // mask[0, 0].numel())
+    step = max(1, ROOM // (asking * k.shape[-2]))
     for image in range(images):
         for first in range(0, heads, step):
             some = (image, slice(first, first + step))
@@ -72,21 +73,36 @@ def products(
     return output
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # keeps the signature
+_chosen: dict[torch.dtype, bool] = {}
+_choosing = Lock()
+
+
 def by_products(dtype: torch.dtype) -> bool:
-    """Whether `products` clearly are faster here than torch's fused kernel.
+    """Whether this process takes `products`: as it was told to (`choose`), or as `ratio` found once.
 
-    All processes of a run should find the same, or their results would differ in the last bits, however
-    busy the machine is. So it is one thread's time of the processor that counts, not the clock; of one
-    size, that of 512 pixels in patches of 16; and where it was measured the two kinds of machines are far
-    apart (`benchmarks/README.md`).
+    The processes of a run take the same, or their results would differ in the last bits: the first one
+    chooses.
     """
-    return ratio(dtype) < CLEARLY
+    with _choosing:
+        if dtype not in _chosen:
+            _chosen[dtype] = ratio(dtype) < CLEARLY
+        return _chosen[dtype]
 
 
-@cache
+def choose(dtype: torch.dtype, products: bool) -> None:
+    """From now on this process takes `products` for tensors of a dtype, or does not."""
+    with _choosing:
+        _chosen[dtype] = products
+
+
 def ratio(dtype: torch.dtype) -> float:
-    """Time of the `products` over that of the fused kernel; measured once a process, in 0.1 s."""
+    """Time of the `products` over that of the fused kernel, measured in 0.1 s.
+
+    It is the processor's time of one thread, not the clock's, so that a busy machine finds much the same
+    as a quiet one; of one size, that of 512 pixels in patches of 16. Where it was measured, kinds of
+    machines are far apart (`benchmarks/README.md`). torch has one thread meanwhile: threads that call it
+    for the first time just then keep to that.
+    """
     q, k, v = torch.zeros(3, 1, 1, 1025, 64, dtype=dtype).unbind()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

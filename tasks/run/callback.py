@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -23,13 +22,13 @@ from common.files import is_nan
 from common.source import source_digest
 from datamodules._loader import cores_of_rank
 from datamodules._samples import Batch, SampleError
-from surgery.softmax_attention import by_products
 from surgery.visualize import colours
 from tasks._draw import LOOK, Look
 from tasks._task import Task
 from tasks._text_features import digest_of_texts
 from tasks._transfer import Later, bring
 from tasks.measures import Report, path_of
+from tasks.run.device import agree_on_attention, describe_device
 from tasks.run.errors import RunError
 from tasks.run.folder import Run
 from tasks.run.image import ImageResult
@@ -175,13 +174,14 @@ class ResultWriter(BasePredictionWriter):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Now that the weights are known: check them too, and begin."""
         signals.only_note()  # from now on there are shards to finish or to drop
+        attention = agree_on_attention(trainer, self.run.earlier.get("device", {}))
         if trainer.is_global_zero:
             task = _task(pl_module)
             weights = task.backbone.checkpoint
             more = {
                 "identity": task.fingerprints(),
                 "checkpoint": {**asdict(weights), "sha256": weights.sha256},
-                "device": _describe_device(trainer),
+                "device": {**describe_device(trainer), **attention},
             }
             self.run.accept(self._mine, more, self.config)
             log.info("%s", _describe_run(task, more["device"]["name"]))
@@ -342,23 +342,6 @@ def _encoders(trainer: Trainer) -> int:
     if trainer.strategy.root_device.type == "cpu":
         return 1
     return max(1, min(_MOST_ENCODERS, cores_of_rank(trainer.num_devices) // _CORES_AN_ENCODER))
-
-
-def _describe_device(trainer: Trainer) -> dict[str, Any]:
-    """On what this is computed, and what torch's last digits depend on; good to know, not compared."""
-    device = trainer.strategy.root_device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    low = device.type == "cpu" and str(trainer.precision).startswith("bf16")
-    products = low and by_products(torch.bfloat16)
-    return {
-        "type": device.type,
-        "name": name,
-        "threads": torch.get_num_threads(),
-        "matmul_precision": torch.get_float32_matmul_precision(),
-        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
-        "cudnn_benchmark": torch.backends.cudnn.benchmark,
-        "attention": "products" if products else "fused",
-    }
 
 
 def _describe_run(task: Task, device: str) -> str:

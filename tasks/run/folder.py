@@ -49,6 +49,7 @@ class Run:
         self.folder = folder
         # As it will be read again: lists, not tuples.
         self.described: dict[str, Any] = json.loads(json.dumps(described))
+        self.earlier: dict[str, Any] = {}
         self.finished: list[str] = []
         self.records: list[ShardRecord] = []
         self._overwrite = False
@@ -218,8 +219,9 @@ class Run:
             overwrite: replace an earlier run, of whatever settings, once this one is accepted.
 
         Returns:
-            The run, with ``finished`` filled in: those of ``mine``; and ``records``, what these say of
-            themselves, of which none is read in a store. `close` leaves the folder to others.
+            The run, with ``finished`` filled in: those of ``mine``; ``records``, what these say of
+            themselves, of which none is read in a store; and ``earlier``, what ``run.json`` held, if
+            the run goes on. `close` leaves the folder to others.
 
         Raises:
             RunError: the folder holds other things, is in use, or another run's.
@@ -364,6 +366,7 @@ class Run:
         if before is None:
             return
         refuse_another(self.folder, before, self.settings)
+        self.earlier = before
         if not of_shards:
             return
         contents, places = before.get("contents", {}), self.places()

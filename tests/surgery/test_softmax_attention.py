@@ -43,10 +43,9 @@ def pretend(monkeypatch):
             return own if function is softmax_attention.products else fused
 
         monkeypatch.setattr(softmax_attention, "_seconds", seconds)
-        softmax_attention.ratio.cache_clear()
+        monkeypatch.setattr(softmax_attention, "_chosen", {})
 
-    yield times
-    softmax_attention.ratio.cache_clear()
+    return times
 
 
 def encode(backbone, images):
@@ -86,23 +85,33 @@ def test_what_takes_the_fused_kernel_anyway(pretend, heads, monkeypatch):
     assert called
 
 
-def test_the_choice_is_one_of_the_process(pretend):
+def test_the_choice_is_measured_once_or_told(pretend):
     threads = torch.get_num_threads()
     pretend(fused=1.0, own=0.85)
     assert softmax_attention.by_products(torch.bfloat16)
     assert torch.get_num_threads() == threads
-    softmax_attention.ratio.cache_clear()
     pretend(fused=1.0, own=0.95)  # not clearly faster
     assert not softmax_attention.by_products(torch.bfloat16)
+    softmax_attention.choose(torch.bfloat16, True)
+    assert softmax_attention.by_products(torch.bfloat16)
+    assert not softmax_attention.by_products(torch.float16)
 
 
-def test_a_compiled_network_follows_the_choice(pretend, monkeypatch):
+def test_no_images(pretend, network, monkeypatch):
     monkeypatch.setattr(softmax_attention, "MANY_KEYS", 2)
+    pretend(fused=2.0, own=1.0)
+    images = torch.zeros(0, 3, *network("vit").image_size)
+    assert encode(network("vit"), images).shape[0] == 0
+
+
+def test_a_compiled_network_takes_the_fused_kernel(pretend, monkeypatch):
+    monkeypatch.setattr(softmax_attention, "MANY_KEYS", 2)
+    pretend(fused=2.0, own=1.0)
     q = k = v = torch.randn(1, 2, 9, 8, dtype=torch.bfloat16)
     compiled = torch.compile(softmax_attention.softmax_attention, backend="eager", fullgraph=True)
     with torch.inference_mode():
-        pretend(fused=2.0, own=1.0)
-        assert torch.equal(compiled(q, k, v), softmax_attention.products(q, k, v))
+        fused = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        assert torch.equal(compiled(q, k, v), fused)
 
 
 def test_this_machine_can_be_measured():

@@ -7,9 +7,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from datamodules._samples import SampleError
+from surgery import softmax_attention
 from tasks.__main__ import main
 from tasks.run.tally import Tally
 from tests.tasks.conftest import TINY, add, same_results, with_broken_sample
@@ -29,6 +31,20 @@ def test_a_run_goes_on_with_what_is_missing(finished, predict, tmp_path):
 
 def test_loader_workers_change_nothing(finished, predict, tmp_path):
     assert same_results(finished, predict(tmp_path / "workers", "--data.num_workers=3"))
+
+
+@pytest.mark.parametrize(("first", "later"), [(1.0, 0.1), (0.1, 1.0)])
+def test_later_jobs_take_the_attention_of_the_first(first, later, command, tmp_path, monkeypatch):
+    words = command(tmp_path / "run", "--trainer.precision=bf16-mixed")
+    attention = []
+    for ratio in (first, later):
+        monkeypatch.setattr(softmax_attention, "_chosen", {})  # as in a process of its own
+        monkeypatch.setattr(softmax_attention, "ratio", lambda dtype, found=ratio: found)
+        assert main(words) == 0
+        (tmp_path / "run" / "000001.tar").unlink()
+        device = json.loads((tmp_path / "run" / "run.json").read_text())["device"]
+        attention.append((device["attention"], softmax_attention.by_products(torch.bfloat16)))
+    assert attention == [("fused", False) if first == 1.0 else ("products", True)] * 2
 
 
 def test_a_compiled_backbone_needs_a_compiler(command, tmp_path, monkeypatch, capsys):
