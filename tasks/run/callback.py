@@ -36,7 +36,7 @@ from tasks.run.memory import peak, reset_peak
 from tasks.run.place import files_in, in_store, place_of
 from tasks.run.processes import Processes, shared_counts
 from tasks.run.shard import OutputShard, ShardRecord, find_shards, load_states
-from tasks.run.summary import Published, note_loss
+from tasks.run.summary import Published
 from tasks.run.tally import Tally
 from tasks.run.writer_thread import WriterThread
 
@@ -113,6 +113,7 @@ class ResultWriter(BasePredictionWriter):
         self._shard: OutputShard | None = None
         self._began = datetime.now(timezone.utc)
         self._mine: list[str] = []
+        self._published: list[str] = []  # by this process
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the run's folder, and tell the datamodule which shards are finished."""
@@ -213,7 +214,7 @@ class ResultWriter(BasePredictionWriter):
         signals.check()  # a shard that is whole by now is published even so
         if batch.last and (reason := self.tally.too_much()):
             self._thread.finish()
-            self.run.summarise(task.new_measures())
+            self.tally.stop(lambda: self.run.summarise(task.new_measures()))
             raise RunError(f"{reason}; finished shards and errors.jsonl are in {self.output}")
 
     def _write(self, task: Task, prediction: Sequence[ImageResult], batch: Batch) -> None:
@@ -233,13 +234,14 @@ class ResultWriter(BasePredictionWriter):
         self._thread.add(shard, prediction)
         if batch.last:
             self._thread.publish(shard, bring(task.measures.pop()))
+            self._published.append(shard.name)
             self._shard = None  # the thread's now
             self.tally.add(shard.position - len(shard.errors), len(shard.errors))
 
     def _lose(self, batch: Batch) -> None:
         for error in batch.errors:
             log.error("shard %s is left out: %s", error.shard, error.reason)
-            note_loss(self.output, error)
+            self.run.note_loss(error)
             self.tally.lose(error)
 
     def _drop(self) -> None:
@@ -271,9 +273,15 @@ class ResultWriter(BasePredictionWriter):
         if self._shard:
             log.warning("shard %s was not read to its end: it is left out", self._shard.name)
             self._drop()
-        elsewhere = self._fetch_records() if trainer.world_size > 1 else {}
+        elsewhere: dict[str, Published] = {}
+        finished = {*self.run.finished, *self._published}
+        if trainer.world_size > 1:
+            elsewhere, published = self._fetch_records()
+            finished |= published
         if trainer.is_global_zero:
             report, found = self.run.summarise(_task(pl_module).new_measures(), elsewhere)
+            # Looked for anew: one may have been taken away while they were merged.
+            there = set(self.run.places()) if in_store(self.output) else set(found)
             self.tally = Tally(self.tally.limit, len(self._mine))
             for name in self._mine:
                 record = found.get(name)
@@ -281,6 +289,8 @@ class ResultWriter(BasePredictionWriter):
                     self.tally.add(record.images, len(record.errors))
                 elif record:
                     self.tally.lose(record)
+                if name in finished and not (name in there and isinstance(record, ShardRecord)):
+                    self.tally.take_away(name)
             self._note_job(found, trainer)
             self._tell_loggers(trainer.loggers, report)
 
@@ -318,8 +328,12 @@ class ResultWriter(BasePredictionWriter):
             logger.log_hyperparams(self.run.settings)
             logger.log_metrics({**values, **counts}, step=self.tally.images)
 
-    def _fetch_records(self) -> dict[str, Published]:
-        """Wait for all ranks; on rank 0, what they hold of shards that its file system doesn't show."""
+    def _fetch_records(self) -> tuple[dict[str, Published], set[str]]:
+        """Wait for all ranks; on rank 0, what they hold of shards that its file system doesn't show.
+
+        Returns:
+            That, and the names of the shards that all ranks have published; nothing on the others.
+        """
         rank, world = dist.get_rank(), dist.get_world_size()
         self._processes.wait()
         group = self._processes.group
@@ -328,8 +342,10 @@ class ResultWriter(BasePredictionWriter):
         there = files_in(self.output) if missing[0] else {}
         mine = {n: load_states(path) for n, path in find_shards(there, missing[0]).items()}
         gathered: list[Any] | None = [None] * world if rank == 0 else None
-        dist.gather_object(mine, gathered, dst=0, group=group)
-        return {name: record for part in gathered or [] for name, record in part.items()}
+        dist.gather_object((mine, self._published), gathered, dst=0, group=group)
+        parts = gathered or []
+        elsewhere = {name: record for held, _ in parts for name, record in held.items()}
+        return elsewhere, {name for _, published in parts for name in published}
 
 
 def _draw_first(count: int, results: Sequence[ImageResult]) -> list[ImageResult]:

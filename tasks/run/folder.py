@@ -20,7 +20,7 @@ from tasks.run.place import MARKER, append, files_in, in_store, place_of, read, 
 from tasks.run.reading import read_images
 from tasks.run.replace import delete_set_aside, put_back, refuse_other_files, set_aside
 from tasks.run.shard import OutputShard, ShardRecord, find_shards, leftover_of
-from tasks.run.summary import Published, merge_shards, write_summary
+from tasks.run.summary import Published, merge_shards, note_loss, write_summary
 
 if TYPE_CHECKING:  # torchmetrics takes seconds to import, and only merging needs it
     from tasks.measures import Measures, Report
@@ -148,8 +148,18 @@ class Run:
             raise RunError(f"{self.folder / JOBS} can't be read ({error}): delete it") from None
 
     def note_job(self, job: Mapping[str, Any]) -> None:
-        """Add a job that has come to its end to those of the run."""
+        """Add a job that has come to its end to those of the run.
+
+        Raises:
+            RunError: the folder, of a store, has become another run's.
+        """
+        self._check_ownership()
         append(self.folder / JOBS, f"{json.dumps(job)}\n")
+
+    def note_loss(self, error: SampleError) -> None:
+        """Write down that a shard can't be read, until it is tried again; raises what `note_job` does."""
+        self._check_ownership()
+        note_loss(self.folder, error)
 
     def images(self, shards: Collection[str] | None = None) -> Iterator[StoredImage]:
         """Every image's results, in shard order, of all shards that are finished.
@@ -260,7 +270,8 @@ class Run:
             config: text of ``config.yaml``; none is written if empty.
 
         Raises:
-            RunError: the folder holds another run's results.
+            RunError: the folder holds another run's results; or, in a store, has become another run's
+                since this one was begun here.
         """
         more = json.loads(json.dumps(more))
         self.described = {
@@ -274,9 +285,11 @@ class Run:
             self._refuse_changes()
         write(self.folder / MARKER, json.dumps(self.described, indent=1))
         if self._overwrite and in_store(self.folder):
+            self._check_ownership()
             set_aside(self.folder)  # what the old run's jobs sent before they could see this one
         alone = self._lock is not None and not self._lock.others()
         ours, all_shards = set(mine), set(self.shards)
+        self._check_ownership()
         for name, path in files_in(self.folder).items():
             if name.startswith(".job-"):
                 continue
@@ -284,6 +297,7 @@ class Run:
             if shard in ours or (shard and alone and shard not in all_shards):
                 remove(path)
         if config:
+            self._check_ownership()
             write(self.folder / "config.yaml", config)
         delete_set_aside(self.folder)
 

@@ -67,8 +67,14 @@ def refuse_another(folder: Path, before: Mapping[str, Any], settings: Mapping[st
 class Ownership:
     """Whether a run in a store is still the one that this job works on: a store has no locks.
 
-    Looked at before and after each shard is sent, a job never leaves one in a run of other settings,
-    whenever that was begun. A look takes one small request, unless somebody has written ``run.json``.
+    A job looks before it writes anything, and after each shard that it sends, which it takes back unless
+    the look says that all is well. What is left is a window: one look comes before, and one after, what
+    is written in between. A job that is killed, or loses the store, after its put and before it has
+    taken that back leaves its shard in a run that was begun meanwhile. And as a put replaces what has
+    its name, that run may lose a shard of its own, which its job finds at its end (see
+    `Tally.take_away`). Input shards are not looked at: runs of the same settings are one.
+
+    A look takes one small request, unless somebody has written ``run.json``.
 
     Args:
         folder: of the run.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tarfile
@@ -20,9 +21,10 @@ from webdataset import TarWriter
 from datamodules._samples import DatasetInfo, SampleError
 from tasks.run.errors import RunError
 from tasks.run.image import ImageResult
-from tasks.run.marker import TakenOver
 from tasks.run.place import is_folder, publish, read_part, remove, size_of
 from tasks.run.stored import ColumnTable
+
+log = logging.getLogger(__name__)
 
 STATE = "__shard__"
 """Folder inside an output shard for what is about the shard; webdataset passes over such names."""
@@ -155,7 +157,7 @@ class OutputShard:
         layout: ``tar`` or ``files``.
         info: the data set, whose colours masks are written in.
         work: a folder of this machine, where it is until it is published; by default that of the run.
-        check: called before and after it is published; raises `TakenOver` where it must not be.
+        check: called before and after it is published; where it raises, the shard must not be there.
     """
 
     def __init__(
@@ -211,19 +213,35 @@ class OutputShard:
             path.write_bytes(data)
 
     def publish(self, states: dict[str, Tensor]) -> None:
-        """Give the shard its final name, with its tables, metric states and record inside."""
+        """Give the shard its final name, with its tables, metric states and record inside.
+
+        Where the second look fails, for whatever reason, nobody knows whose the folder is by now: the
+        shard is taken back.
+        """
         try:
             self._finish(safetensors.torch.save(states))
             self.check()
-            publish(self.partial, self.final)
+            try:
+                publish(self.partial, self.final)
+            finally:
+                self._check_again()
         except BaseException:
             self.abandon()
             raise
+
+    def _check_again(self) -> None:
+        """After sending the shard, which may have taken minutes; one that failed may be there even so."""
         try:
-            self.check()  # sending it may have taken minutes
-        except TakenOver:
-            remove(self.final)
+            self.check()
+        except BaseException:
+            self._take_back()
             raise
+
+    def _take_back(self) -> None:
+        try:
+            remove(self.final)
+        except RunError as error:  # the reason why it is taken back matters more
+            log.error("%s: delete it if another run was begun there", error)
 
     def _finish(self, states: bytes) -> None:
         for name, table in self.tables.items():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from common import signals
 from datamodules._samples import SampleError
 from tasks.run.shard import ShardRecord
 
@@ -12,6 +14,7 @@ FEWEST = 1000
 """Of fewer samples or shards than this, a share means nothing: one bad photo of five is no disaster."""
 
 _SHOWN = 5
+_LOOK = 0.1  # seconds between two looks at what is waited for
 
 
 class Tally:
@@ -19,7 +22,8 @@ class Tally:
 
     A run stops as soon as more samples, or more shards, are bad than that share of all, of 1,000 if there
     are fewer. A run that has come to its end is a failure also where more than that share of its
-    shards is missing, however few they are, or none of its samples could be used.
+    shards is missing, however few they are, or none of its samples could be used; and where another job
+    took away a finished one.
 
     Args:
         limit: ``--data.max_error_rate``, a share in [0, 1].
@@ -39,6 +43,7 @@ class Tally:
         self.bad = 0
         self.lost: list[SampleError] = []  # by this process
         self._lost = 0  # by all
+        self._gone: list[str] = []
 
     def resume(self, records: Sequence[ShardRecord]) -> None:
         """Count shards that were finished before this job, so that it stops where one job would."""
@@ -63,6 +68,25 @@ class Tally:
         self.lost.append(error)
         self._lost = self._total("lost", 1)
 
+    def take_away(self, shard: str) -> None:
+        """Note a shard that was finished, and is no more there at the run's end."""
+        self._gone.append(shard)
+
+    def stop(self, summarise: Callable[[], object]) -> None:
+        """Have what there is summarised by the first process that stops; the others wait for it.
+
+        Raises:
+            Stopped: this process was asked to stop while it waited.
+        """
+        if self._total("stopping", 1) == 1:
+            try:
+                summarise()
+            finally:
+                self._total("stopped", 1)
+        while not self._total("stopped", 0):
+            signals.check()
+            time.sleep(_LOOK)
+
     def too_much(self) -> str:
         """Why the run should stop now; empty if it need not."""
         seen = self.images + self.bad
@@ -77,6 +101,13 @@ class Tally:
 
     def verdict(self) -> str:
         """Why the run, now at its end, is a failure; empty if it is none."""
+        if self._gone:
+            more = ", ..." if len(self._gone) > _SHOWN else ""
+            return (
+                f"{len(self._gone)} of {self.shards} shards were finished, and then taken away by "
+                f"another job, or deleted: {', '.join(self._gone[:_SHOWN])}{more}. Run the same command "
+                "again to have them done"
+            )
         if len(self.lost) > self.limit * self.shards:
             return (
                 f"{len(self.lost)} of {self.shards} shards are missing, more than --data.max_error_rate "

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -239,6 +240,19 @@ def test_many_lost_shards_stop_a_run_at_once():
     few.lose(SampleError("000000", "", "no route to host"))
     assert not few.too_much()  # the others are done first
     assert "1 of 4 shards are missing" in few.verdict()
+
+
+def test_processes_that_stop_together_write_one_summary():
+    counts = Counter()
+
+    def count(name: str, amount: int) -> int:
+        counts[name] += amount
+        return counts[name]
+
+    written = []
+    for rank in range(2):
+        Tally(0.01, 4, count).stop(lambda rank=rank: written.append(rank))
+    assert written == [0]
 
 
 def test_too_many_bad_samples_stop_the_run(scenes, command, tmp_path, capsys):

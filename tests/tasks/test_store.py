@@ -20,10 +20,11 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_ba
 from werkzeug.serving import make_server
 
 from common.errors import UserError
+from datamodules._samples import SampleError
 from tasks import Run
 from tasks.__main__ import main
 from tasks.run import RunError, place
-from tests.tasks.test_run_folder import begin, publish
+from tests.tasks.test_run_folder import begin, described, publish
 
 
 class Store:
@@ -249,6 +250,73 @@ def test_runs_at_the_same_place_are_never_mixed(store):
         assert not store.files("two")
 
 
+def test_a_shard_is_taken_back_when_nobody_knows_whose_the_run_is(store):
+    url = place.place_of("s3://bucket/unknown")
+    with ExitStack() as runs:
+        first = begin(url, precision="32")
+        runs.callback(first.close)
+
+        def overtaken(app, environ, start_response):
+            runs.callback(begin(url, overwrite=True, precision="16").close)
+            store.faults["HEAD", "run.json"] = [error] * 40
+            return app(environ, start_response)
+
+        store.faults["PUT", "a.tar"] = [overtaken]
+        with pytest.raises(RunError, match=r"run\.json could not be read"):
+            publish(first, "a")
+        store.faults.clear()
+    assert set(store.files("unknown")) == {"run.json"}
+
+
+def test_nothing_is_written_into_a_run_begun_meanwhile(store):
+    url = place.place_of("s3://bucket/late")
+    with ExitStack() as runs:
+
+        def of(precision: str) -> Run:
+            run = Run.open(url, described(precision=precision), mine=["a", "b"], overwrite=True)
+            runs.callback(run.close)
+            return run
+
+        def begin_another(app, environ, start_response):
+            answer = app(environ, start_response)
+            of("16").accept(["a", "b"], {}, "config of 16")
+            return answer
+
+        first = of("32")
+        store.faults["PUT", "run.json"] = [begin_another]
+        writes = (
+            lambda: first.accept(["a", "b"], {}, "config of 32"),
+            lambda: first.note_loss(SampleError("a", "", "gone")),
+            lambda: first.note_job({"images": 1}),
+        )
+        for write in writes:
+            with pytest.raises(RunError, match="precision: '16' there"):
+                write()
+    assert set(store.files("late")) == {"run.json", "config.yaml"}
+    assert store.files("late")["config.yaml"] == b"config of 16"
+
+
+@pytest.mark.parametrize("when", ["000002.tar", "metrics.json"])
+def test_a_run_whose_finished_shard_is_taken_away_is_a_failure(
+    when, store, command, finished, capsys
+):
+    run = f"taken-before-{when}"
+
+    def take_away(app, environ, start_response):
+        store.client.delete_object(Bucket="bucket", Key=f"{run}/000001.tar")
+        return app(environ, start_response)
+
+    store.faults["PUT", when] = [take_away]
+    words = command(f"s3://bucket/{run}")
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert "1 of 4 shards were finished, and then taken away by another job" in said
+    assert "000001. Run the same command again" in said
+    assert main(words) == 0
+    for name in ("000001.tar", "metrics.json"):
+        assert store.files(run)[name] == (finished / name).read_bytes()
+
+
 class Nothing:
     """What measures nothing."""
 
@@ -260,14 +328,13 @@ class Nothing:
 
 
 def test_a_shard_that_is_lost_is_listed_until_it_is_done(store):
-    from datamodules._samples import SampleError
-    from tasks.run.summary import merge_shards, note_loss
+    from tasks.run.summary import merge_shards
 
     url = place.place_of("s3://bucket/lost")
     run = begin(url)
     publish(run, "b")
+    run.note_loss(SampleError("a", "", "gone"))
     run.close()
-    note_loss(url, SampleError("a", "", "gone"))
 
     assert merge_shards(url, ["a", "b"], Nothing(), {})["a"].reason == "gone"
     begin(url).close()
