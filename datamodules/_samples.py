@@ -211,9 +211,11 @@ class _Place(NamedTuple):
     shape: torch.Size
 
 
-@dataclass(frozen=True, eq=False)
 class Batch:
-    """Consecutive samples of one shard, never of two.
+    """Consecutive samples of one shard, never of two; not changed once it is made.
+
+    No dataclass and no tuple: with half and double precision Lightning converts the tensors in
+    those by itself, and ours are bytes and label maps, of which a task makes floats where it wants.
 
     Between processes, to pinned memory and to a GPU all tensors travel as one, with the places of
     each: a process may have some thousand files open, and a tensor of its own is one of them.
@@ -229,13 +231,19 @@ class Batch:
             left them different sizes, or some are still to be decoded.
     """
 
-    shard: str
-    start: int
-    total: int
-    samples: tuple[Sample, ...]
-    errors: tuple[SampleError, ...]
-    images: Tensor | list[Tensor]
-    _packed: tuple[tuple[Any, ...], Tensor] | None = field(default=None, repr=False)
+    def __init__(
+        self,
+        shard: str,
+        start: int,
+        total: int,
+        samples: tuple[Sample, ...],
+        errors: tuple[SampleError, ...],
+        images: Tensor | list[Tensor],
+        packed: tuple[tuple[Any, ...], Tensor] | None = None,
+    ) -> None:
+        self.shard, self.start, self.total = shard, start, total
+        self.samples, self.errors, self.images = samples, errors, images
+        self._packed = packed
 
     @classmethod
     def collate(

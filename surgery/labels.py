@@ -183,7 +183,7 @@ def _likeliest(
     """
     first = maps.values[0]
     labels = first.expand(maps.size)
-    best = torch.full(maps.size, -torch.inf, device=first.device)
+    best = torch.full(maps.size, -torch.inf, dtype=torch.float32, device=first.device)
     for start, part in maps:
         if rules.half and total is not None:
             part = (_logits(part, rules) - total).exp().half().float()

@@ -51,7 +51,8 @@ def colours(values: Tensor, colour_map: str = "jet") -> Tensor:
     if colour_map not in colormaps:
         near = ", ".join(nearest(colour_map, colormaps, 3) or ["viridis", "cividis", "jet"])
         raise InvalidSetting(f"no colour map {colour_map!r}; did you mean {near}?")
-    table = colormaps[colour_map](torch.linspace(0, 1, 256).numpy(), bytes=True)[:, :3]
+    steps = torch.linspace(0, 1, 256, dtype=torch.float32)  # numpy has no bfloat16
+    table = colormaps[colour_map](steps.numpy(), bytes=True)[:, :3]
     cells = values.float().clamp(0, 1).mul(255).round().long()
     return torch.from_numpy(table.copy()).to(values.device)[cells]
 

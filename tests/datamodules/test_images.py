@@ -3,7 +3,6 @@
 import io
 import sys
 import tarfile
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from datamodules import Images
 from datamodules._contents import has_changed
 from datamodules._decode import read_index_png, reason_of
 from datamodules._device_decode import load_decoder
-from datamodules._samples import Encoded, Wanted
+from datamodules._samples import Batch, Encoded, Wanted
 from datamodules._tar import MAX_KEY, BadSample
 from datamodules.images import find_images, make_key
 from tasks._task import Task
@@ -167,7 +166,7 @@ def test_a_jpeg_that_only_breaks_while_it_is_decoded(jpegs):
     (waiting,) = pending(batch)
     torn = Encoded(waiting.data[: len(waiting.data) // 2], waiting.size)
     half = batch.samples[0]._replace(image=torn)
-    found = data.on_after_batch_transfer(replace(batch, samples=(half,)), 0)
+    found = data.on_after_batch_transfer(Batch.collate(batch.shard, 0, 1, [half], []), 0)
     assert (found.keys, len(found.images), found.end) == ([], 0, 1)
     assert [error.key for error in found.errors] == ["smooth"]
 

@@ -109,10 +109,11 @@ def test_masks_do_not_depend_on_the_batch_size(finished, predict, tmp_path):
             assert (a != b).mean() < 1e-3  # another batch size rounds differently
 
 
-def test_bf16_gives_nearly_the_same_numbers(finished, predict, tmp_path):
-    mixed = predict(tmp_path / "bf16", "--trainer.precision=bf16-mixed")
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-true"])
+def test_halves_give_nearly_the_same_numbers(precision, finished, predict, tmp_path):
+    halves = predict(tmp_path / "run", f"--trainer.precision={precision}")
     numbers = [
-        json.loads((run / "metrics.json").read_text())["metrics"] for run in (finished, mixed)
+        json.loads((run / "metrics.json").read_text())["metrics"] for run in (finished, halves)
     ]
     for name, value in numbers[0].items():
         assert numbers[1][name] == pytest.approx(value, abs=0.03)
