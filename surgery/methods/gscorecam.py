@@ -7,6 +7,7 @@ from torch import Tensor
 from common.errors import InvalidSetting
 from surgery.backbone import Backbone
 from surgery.methods._gradients import Recorder, class_cosines, gradients
+from surgery.precision import widen
 from surgery.texts import Texts
 from surgery.towers import ResNet, Step, Visitor
 
@@ -65,7 +66,7 @@ def explain(backbone: Backbone, images: Tensor, texts: Texts, *, channels: int =
         scores = _masked_logits(plain, image, cells[union], text)
         logits = scores.new_zeros(len(text), len(cells))
         logits.scatter_(1, channel, scores.T.gather(1, where))
-        maps.append(torch.einsum("tc,chw->thw", logits.softmax(dim=1), cells))
+        maps.append(torch.einsum("tc,chw->thw", logits.softmax(dim=1), widen(cells)))
     return torch.stack(maps)
 
 

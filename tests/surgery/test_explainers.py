@@ -66,6 +66,19 @@ def test_inside_of_predict_under_autocast(method, inputs, network):
     assert torch.equal(found, expected)
 
 
+HALF = [*((method, "vit") for method in BEYOND), *((method, "rn") for method in ON_RESNETS)]
+
+
+@pytest.mark.parametrize(("method", "kind"), HALF)
+def test_weights_of_16_bits(method, kind, inputs, folder, network):
+    backbone = load_backbone(folder / f"{kind}.json", folder / f"{kind}.safetensors").bfloat16()
+    images, texts = inputs(kind)
+    options = {"channels": 20} if method == "gscorecam" else {}
+    found = explain(backbone, images, texts, method=method, **options).float()
+    expected = explain(network(kind), images, texts, method=method, **options)
+    assert torch.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.95
+
+
 @pytest.mark.parametrize("method", BEYOND)
 def test_grids_that_are_not_square(method, inputs, network):
     images, texts = inputs("vit")
